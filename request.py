@@ -1,0 +1,367 @@
+"""The validated request value: its fields, what becomes of each, its limits, and its echo in the response.
+
+May not do I/O, nor know chat messages. One `TurnRequest` travels from the edge to the translator; nobody unpacks it.
+Source: ResponseCreateParams of the openai SDK 3.52 and the Open Responses schema, read 2026-11-20.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+import orjson
+
+from errors import InvalidRequest, MissingParameter, ProxyError, UnsupportedParameter
+
+Json = dict[str, Any]
+
+Fate = Literal["sent", "translated", "kept", "emulated", "needs the store", "refused", "left out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What becomes of a request parameter, as the support matrix says it."""
+
+    fate: Fate
+    note: str
+
+
+def sent(chat_name: str, note: str = "") -> Field:
+    return Field("sent", f"as `{chat_name}`{note and '; '}{note}")
+
+
+REQUEST_FIELDS: dict[str, Field] = {
+    "model": sent("model", "an alias in the settings is replaced"),
+    "input": Field("translated", "items become chat messages"),
+    "instructions": Field("translated", "first in the leading system message; never inherited"),
+    "max_output_tokens": sent("max_tokens", "`max_completion_tokens` where the backend wants it"),
+    "temperature": sent("temperature"),
+    "top_p": sent("top_p"),
+    "presence_penalty": sent("presence_penalty"),
+    "frequency_penalty": sent("frequency_penalty"),
+    "tools": Field("translated", "see the tool types"),
+    "tool_choice": Field("translated", "a named or allowed choice is emulated by sending only those tools"),
+    "parallel_tool_calls": Field("emulated", "sent where the backend knows it; when off, only the first call is kept"),
+    "text": Field("translated", "`format` as `response_format`; `verbosity` where the backend knows it"),
+    "reasoning": Field("translated", "`effort` where the backend knows it; `summary` is always given"),
+    "include": Field("emulated", "`message.output_text.logprobs`; the others belong to hosted tools"),
+    "top_logprobs": sent("top_logprobs", "when `include` asks for logprobs"),
+    "stream": Field("emulated", "server-sent events of our own"),
+    "stream_options": Field("kept", "nothing is obfuscated"),
+    "max_tool_calls": Field("kept", "counts hosted tools only, and none runs here"),
+    "metadata": Field("kept", "echoed"),
+    "service_tier": sent("service_tier", "where the backend knows it; else echoed as `default`"),
+    "safety_identifier": Field("kept", "echoed"),
+    "prompt_cache_key": Field("kept", "echoed"),
+    "prompt_cache_retention": Field("kept", "echoed"),
+    "prompt_cache_options": Field("kept", "caching is the backend's own"),
+    "user": Field("kept", "echoed"),
+    "store": Field("kept", "nothing is stored yet, and the response says `store: false`"),
+    "truncation": Field("kept", "`auto` is left out and named"),
+    "previous_response_id": Field("needs the store", "400"),
+    "conversation": Field("needs the store", "400"),
+    "background": Field("needs the store", "400 when true"),
+    "prompt": Field("refused", "stored prompt templates live at OpenAI; 400"),
+    "context_management": Field("left out", "named"),
+    "moderation": Field("left out", "named"),
+    "image": Field("left out", "named"),
+    "access_programs": Field("left out", "named"),
+}
+
+# Values of `include`. Source: ResponseIncludable; the last two are the ones that mean something here.
+INCLUDABLE = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+]
+
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """`reasoning`. Source: shared_params.Reasoning."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto", "all_turns", "current_turn"] | None = None
+    mode: str | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`text.format`, flat. Source: ResponseFormatTextConfig."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")] | None = None
+    schema: Json | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class Text(msgspec.Struct, frozen=True):
+    """`text`."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/responses, validated; null equals absence. Items and tools stay raw."""
+
+    model: str
+    input: str | list[Json] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: str | Json | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    stream_options: Json | None = None
+    store: bool | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=16)] | None = None
+    max_tool_calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Unit | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    tools: list[Json] | None = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    reasoning: Reasoning | None = None
+    include: list[INCLUDABLE] | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    safety_identifier: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    prompt_cache_key: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: Json | None = None
+    user: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    context_management: list[Json] | None = None
+    prompt: Json | None = None
+    # Names of what the client sent and nobody here uses: fields without a row, and rows that are left out.
+    unused: tuple[str, ...] = ()
+
+    @property
+    def items(self) -> list[Json]:
+        """The new input items, oldest first; a string is one user message."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": self.input}]
+        return self.input or []
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may hold."""
+
+    json_depth: int = 128
+    items: int = 20_000
+    tools: int = 2_000
+
+
+def parse_body(body: bytes, limits: RequestLimits) -> Json:
+    """The JSON object in a request body. Raises: InvalidRequest."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    # A body with fewer brackets than the limit cannot be deeper than it; most bodies are spared the walk.
+    if body.count(b"{") + body.count(b"[") > limits.json_depth and _depth(value) > limits.json_depth:
+        raise InvalidRequest(f"The request body is nested deeper than {limits.json_depth} levels.")
+    return value
+
+
+def parse_request(body: Json, limits: RequestLimits) -> TurnRequest:
+    """The validated request. Raises: InvalidRequest with the path of the first thing that is wrong."""
+    if not body.get("model"):
+        raise MissingParameter("Missing required parameter: 'model'.", param="model")
+    unused = tuple(sorted(name for name, value in body.items() if value is not None and _is_unused(name)))
+    try:
+        request = msgspec.convert({**body, "unused": unused}, TurnRequest)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+    for check in CHECKS:
+        check(request, limits)
+    return request
+
+
+def _is_unused(name: str) -> bool:
+    field = REQUEST_FIELDS.get(name)
+    return field is None or field.fate == "left out"
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    level = [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    return depth
+
+
+MSGSPEC_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
+    found = MSGSPEC_PATH.match(str(error))
+    what, path = (found["what"], found["path"]) if found else (str(error), None)
+    code = "integer_below_min_value" if path in ("max_output_tokens", "max_tool_calls") and ">=" in what else None
+    return InvalidRequest(f"Invalid '{path}': {what}." if path else f"{what}.", param=path, code=code or "invalid_type")
+
+
+def _check_input(request: TurnRequest, limits: RequestLimits) -> None:
+    if not request.input and not request.previous_response_id and not request.conversation and not request.prompt:
+        raise MissingParameter(
+            "One of \"input\" or \"previous_response_id\" or 'prompt' or 'conversation_id' must be provided.",
+            param="input",
+        )
+    if len(request.items) > limits.items:
+        raise InvalidRequest(f"Invalid 'input': more than {limits.items} items.", param="input")
+
+
+def _check_tools(request: TurnRequest, limits: RequestLimits) -> None:
+    if len(request.tools or ()) > limits.tools:
+        raise InvalidRequest(f"Invalid 'tools': more than {limits.tools} tools.", param="tools")
+
+
+def _check_metadata(request: TurnRequest, limits: RequestLimits) -> None:
+    metadata = request.metadata or {}
+    if len(metadata) > 16:
+        raise InvalidRequest("Invalid 'metadata': at most 16 keys.", param="metadata")
+    for key, value in metadata.items():
+        if len(key) > 64 or len(value) > 512:
+            raise InvalidRequest(
+                f"Invalid 'metadata.{key[:64]}': keys have at most 64 characters, values at most 512.",
+                param=f"metadata.{key[:64]}",
+            )
+
+
+def _check_format(request: TurnRequest, limits: RequestLimits) -> None:
+    text_format = request.text and request.text.format
+    if text_format and text_format.type == "json_schema":
+        for key in ("name", "schema"):
+            if getattr(text_format, key) is None:
+                raise MissingParameter(
+                    f"Missing required parameter: 'text.format.{key}'.", param=f"text.format.{key}"
+                )
+
+
+def _check_stream_options(request: TurnRequest, limits: RequestLimits) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+        )
+
+
+def _check_prompt(request: TurnRequest, limits: RequestLimits) -> None:
+    if request.prompt is not None:
+        raise UnsupportedParameter(
+            "'prompt' names a template stored at OpenAI, which is not reachable from here; send 'instructions' and "
+            "'input' instead.",
+            param="prompt",
+        )
+
+
+def _check_exclusive(request: TurnRequest, limits: RequestLimits) -> None:
+    if request.previous_response_id and request.conversation:
+        raise InvalidRequest(
+            "Mutually exclusive parameters: 'previous_response_id' and 'conversation' cannot be used together.",
+            code="mutually_exclusive_parameters",
+        )
+
+
+def _check_stored(request: TurnRequest, limits: RequestLimits) -> None:
+    for name in ("previous_response_id", "conversation", "background"):
+        if getattr(request, name):
+            raise UnsupportedParameter(
+                f"'{name}' needs stored responses, which this version does not have yet; send the whole history in "
+                "'input'.",
+                param=name,
+            )
+
+
+CHECKS = (
+    _check_input,
+    _check_tools,
+    _check_metadata,
+    _check_format,
+    _check_stream_options,
+    _check_prompt,
+    _check_exclusive,
+    _check_stored,
+)
+
+
+def echo(request: TurnRequest) -> Json:
+    """The fields of a response that repeat the request, with the defaults of the Open Responses schema."""
+    reasoning = request.reasoning or Reasoning()
+    return {
+        "background": bool(request.background),
+        "conversation": None,
+        "frequency_penalty": request.frequency_penalty or 0.0,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "max_tool_calls": request.max_tool_calls,
+        "metadata": request.metadata or {},
+        "model": request.model,
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "presence_penalty": request.presence_penalty or 0.0,
+        "previous_response_id": request.previous_response_id,
+        "prompt_cache_key": request.prompt_cache_key,
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary or reasoning.generate_summary},
+        "safety_identifier": request.safety_identifier,
+        "service_tier": request.service_tier or "auto",
+        "store": False,
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "text": _echo_text(request.text),
+        "tool_choice": request.tool_choice or "auto",
+        "tools": [_echo_tool(tool) for tool in request.tools or ()],
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "truncation": request.truncation or "disabled",
+        "user": request.user,
+    }
+
+
+def _echo_text(text: Text | None) -> Json:
+    text_format = text and text.format
+    echoed: Json = {"format": msgspec.to_builtins(text_format) if text_format else {"type": "text"}}
+    if text_format and text_format.type == "json_schema":
+        echoed["format"].setdefault("strict", False)
+    if text and text.verbosity:
+        echoed["verbosity"] = text.verbosity
+    return echoed
+
+
+def _echo_tool(tool: Json) -> Json:
+    if tool.get("type") != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": None, **tool}
+
+
+def refuse_unused(names: tuple[str, ...]) -> ProxyError:
+    """What `strict = true` answers when something would be left out; `param` is the first name."""
+    return UnsupportedParameter(
+        f"Unsupported: {', '.join(names)}. This proxy is set to refuse what it cannot honour (strict = true).",
+        param=names[0],
+    )
