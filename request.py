@@ -261,9 +261,7 @@ def _check_format(request: TurnRequest, limits: RequestLimits) -> None:
     if text_format and text_format.type == "json_schema":
         for key in ("name", "schema"):
             if getattr(text_format, key) is None:
-                raise MissingParameter(
-                    f"Missing required parameter: 'text.format.{key}'.", param=f"text.format.{key}"
-                )
+                raise MissingParameter(f"Missing required parameter: 'text.format.{key}'.", param=f"text.format.{key}")
 
 
 def _check_stream_options(request: TurnRequest, limits: RequestLimits) -> None:

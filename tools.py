@@ -252,7 +252,8 @@ def declare_tools(toolbox: Toolbox, tools: list[Json], path: str, *, skip_deferr
 def _loaded(tool: Json) -> Json:
     if tool.get("type") != "namespace":
         return tool
-    return {**tool, "tools": [t for t in tool.get("tools") or () if not (isinstance(t, dict) and t.get("defer_loading"))]}
+    inner = tool.get("tools") or ()
+    return {**tool, "tools": [t for t in inner if not (isinstance(t, dict) and t.get("defer_loading"))]}
 
 
 def searches_on_client(tools: list[Json]) -> bool:
@@ -344,9 +345,7 @@ def choose_tools(choice: str | Json | None, toolbox: Toolbox) -> Choice:
         return Choice(choice)
     row = TOOL_CHOICES.get(str(choice.get("type")))
     if row is None:
-        raise UnsupportedItem(
-            f"Invalid value at 'tool_choice.type': {choice.get('type')!r}.", param="tool_choice.type"
-        )
+        raise UnsupportedItem(f"Invalid value at 'tool_choice.type': {choice.get('type')!r}.", param="tool_choice.type")
     return row[0](choice, toolbox)
 
 

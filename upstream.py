@@ -1,0 +1,516 @@
+"""The only outbound HTTP: which backend serves a model, how it is called, and what its failures mean.
+
+May not know the Responses vocabulary, nor the store. Failures of every backend become the tree in errors.py.
+Source: tests/wire, and the backends' own sources where a table names them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import aiohttp
+import orjson
+from yarl import URL
+
+import dialects
+from dialects import Dialect
+from errors import (
+    ProxyError,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    WindowExceeded,
+)
+
+Json = dict[str, Any]
+log = logging.getLogger("responses_proxy.upstream")
+
+# How long a request waits for the first look at a backend; after that it goes out in the generic dialect.
+DETECTION_WAIT_S = 1.0
+# How long the end of a body may take after `[DONE]`, so that the connection can be used again.
+DRAIN_S = 0.1
+# The largest part of an error body that is read.
+ERROR_BODY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class UpstreamSettings:
+    """One `[[upstream]]` table."""
+
+    name: str = "default"
+    base_url: str = ""
+    api_key: str = ""
+    api_key_env: str = ""
+    models: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    dialect: str = "auto"
+    think: Literal["auto", "open", "off"] = "auto"
+    connect_timeout_s: float = 10.0
+    first_byte_timeout_s: float = 600.0
+    idle_timeout_s: float = 300.0
+    total_timeout_s: float = 3600.0
+    retries: int = 2
+    retry_backoff_s: float = 0.5
+    retry_wait_max_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"upstream '{self.name}': base_url must be an http(s) URL, got {self.base_url!r}")
+        if self.dialect != "auto" and self.dialect not in dialects.DIALECTS:
+            raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
+
+
+# -- server-sent events ------------------------------------------------------------------------------------------------
+
+
+class SSEDecoder:
+    """Splits bytes into the payloads of server-sent events; reads may end anywhere.
+
+    Takes CRLF, data without a space, data over several lines and `event:` lines; drops comments.
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        data = self._rest + data
+        if b"\r" in data:
+            whole = data[:-1] if data.endswith(b"\r") else data
+            data = whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + data[len(whole) :]
+        *blocks, self._rest = data.split(b"\n\n")
+        return [payload for block in blocks if (payload := _payload(block))]
+
+    def flush(self) -> list[bytes]:
+        """The payload of a last event that no empty line followed."""
+        rest, self._rest = self._rest, b""
+        return [payload] if (payload := _payload(rest.rstrip(b"\r\n"))) else []
+
+
+def _payload(block: bytes) -> bytes:
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return block[6:]
+    lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines).strip()
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+# Signs that the window is full, in the words of each backend.
+OVERFLOW_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+OVERFLOW_TEXT = re.compile(
+    r"maximum context length|exceeds? the (available )?context|context size has been exceeded|context window"
+    r"|n_keep .* >= n_ctx|input length exceeds|`inputs` tokens \+ `max_new_tokens`|exceeds the maximum number of tokens"
+    r"|prompt is too long|reduce the length of the (messages|input)",
+    re.IGNORECASE,
+)
+# Faults of a request that llama.cpp answers with a 500 (tests/wire/edges.txt).
+CLIENT_FAULT_TEXT = re.compile(
+    r"image input is not supported|Failed to parse tool|not a multimodal model|audio input is not supported"
+)
+# Statuses that say "later", and not "never".
+LATER = frozenset({429, 503, 529})
+NEVER_LATER_CODES = frozenset({"insufficient_quota"})
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode() if value else ""
+
+
+def error_fields(body: Any) -> Json:
+    """`message`, `type`, `code` and `param` out of every error body seen.
+
+    Source: a list around it (Gemini), nested (OpenAI, llama.cpp, vLLM), text (transformers, Ollama), top level
+    (SGLang, old vLLM), `detail` (FastAPI), `metadata.raw` (OpenRouter).
+    """
+    if isinstance(body, list):
+        body = body[0] if body else {}
+    if not isinstance(body, dict):
+        return {"message": _text(body)}
+    inner = body.get("error")
+    if isinstance(inner, dict):
+        raw = (inner.get("metadata") or {}).get("raw") if isinstance(inner.get("metadata"), dict) else None
+        message = " ".join(_text(part) for part in (inner.get("message"), raw) if part)
+        return {**inner, "message": message or _text(inner)}
+    message = inner or body.get("message") or body.get("detail") or body
+    return {**body, "message": _text(message)}
+
+
+def refusal(status: int, body: Any, where: str) -> UpstreamError:
+    """The failure that an error answer of a backend stands for."""
+    fields = error_fields(body)
+    message, code = fields["message"][:2000], fields.get("code")
+    said = f"Upstream '{where}' answered {status}: {message}" if message else f"Upstream '{where}' answered {status}."
+    if status in (400, 413, 422, 500) and (
+        code in OVERFLOW_CODES or fields.get("type") in OVERFLOW_CODES or OVERFLOW_TEXT.search(message)
+    ):
+        return WindowExceeded(said)
+    if status == 500 and CLIENT_FAULT_TEXT.search(message):
+        status = 400
+    elif status >= 500 and status not in LATER and status != 504:
+        status = 502
+    param = fields.get("param")
+    return UpstreamRefused(
+        said,
+        status=status,
+        param=param if isinstance(param, str) else None,
+        code=code if isinstance(code, str) and not code.isdigit() else None,
+    )
+
+
+def _error_status(fields: Json) -> int:
+    """The status that an error inside a 200 answer names."""
+    for key in ("code", "http_status_code", "status"):
+        value = fields.get(key)
+        if isinstance(value, int | str) and str(value).isdigit() and 400 <= int(value) <= 599:
+            return int(value)
+    named = {"rate_limit_exceeded": 429, "insufficient_quota": 429, "context_length_exceeded": 400}
+    return named.get(str(fields.get("code")), 500)
+
+
+def raise_if_error(chunk: Json, where: str) -> None:
+    """Raises what an error object inside an answer stands for."""
+    if chunk.get("error") or chunk.get("object") == "error":
+        raise refusal(_error_status(error_fields(chunk)), chunk, where)
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    value = headers.get("Retry-After", "")
+    return float(value) if value.replace(".", "", 1).isdigit() else None
+
+
+# -- one answer being streamed -----------------------------------------------------------------------------------------
+
+
+class ChatStream:
+    """The chunks of one streamed answer, a batch for every read of the network that held any.
+
+    `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
+    """
+
+    def __init__(self, answer: aiohttp.ClientResponse, settings: UpstreamSettings) -> None:
+        self.done = False
+        self._answer = answer
+        self._settings = settings
+        self._decoder = SSEDecoder()
+        self._loop = asyncio.get_running_loop()
+        self._started_at = self._heard_at = self._loop.time()
+        self._timed_out: str | None = None
+        self._timer = self._loop.call_later(settings.idle_timeout_s, self._check_silence)
+
+    async def __aiter__(self) -> AsyncIterator[list[Json]]:
+        try:
+            async for data in self._answer.content.iter_any():
+                if chunks := self._chunks(self._decoder.feed(data)):
+                    self._heard_at = self._loop.time()
+                    yield chunks
+                if self.done:
+                    await self._drain()
+                    return
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            raise self._broken() from error
+        if self._timed_out:
+            raise self._broken()
+        if chunks := self._chunks(self._decoder.flush()):
+            yield chunks
+
+    def _chunks(self, payloads: list[bytes]) -> list[Json]:
+        chunks = []
+        for payload in payloads:
+            if payload == b"[DONE]":
+                self.done = True
+                break
+            chunks.append(self._chunk(payload))
+        return chunks
+
+    def _chunk(self, payload: bytes) -> Json:
+        try:
+            chunk = orjson.loads(payload)
+        except orjson.JSONDecodeError as error:
+            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not JSON.") from error
+        if not isinstance(chunk, dict):
+            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not a JSON object.")
+        raise_if_error(chunk, self._settings.name)
+        return chunk
+
+    def _check_silence(self) -> None:
+        """Closes an answer that is silent or runs on for too long; comments do not count as an answer."""
+        now = self._loop.time()
+        if now - self._started_at >= self._settings.total_timeout_s:
+            self._timed_out = f"ran for {self._settings.total_timeout_s:g} s"
+        elif now - self._heard_at >= self._settings.idle_timeout_s:
+            self._timed_out = f"sent nothing for {self._settings.idle_timeout_s:g} s"
+        if self._timed_out:
+            self._answer.close()
+            return
+        ends_at = min(self._started_at + self._settings.total_timeout_s, self._heard_at + self._settings.idle_timeout_s)
+        self._timer = self._loop.call_later(max(ends_at - now, 0.01), self._check_silence)
+
+    def _broken(self) -> UpstreamError:
+        if self._timed_out:
+            return UpstreamTimeout(f"Upstream '{self._settings.name}' {self._timed_out} in the middle of its answer.")
+        return UpstreamBroken(f"Upstream '{self._settings.name}' closed its stream before the answer was finished.")
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(DRAIN_S):
+                while not self._answer.content.at_eof():
+                    await self._answer.content.readany()
+
+    def close(self) -> None:
+        """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
+        self._timer.cancel()
+        if self._answer.content.at_eof():
+            self._answer.release()
+        else:
+            self._answer.close()
+
+
+# -- one backend -------------------------------------------------------------------------------------------------------
+
+UNKNOWN_WORDS = (
+    r"unsupported|not supported|unknown|unexpected|unrecognized|not permitted|extra|forbidden|only be defined"
+)
+
+
+def _rename_max_tokens(body: Json) -> Json:
+    old, new = ("max_tokens", "max_completion_tokens")
+    if old not in body:
+        old, new = new, old
+    return {new if key == old else key: value for key, value in body.items()}
+
+
+def _drop_stream_options(body: Json) -> Json:
+    return {key: value for key, value in body.items() if key != "stream_options"}
+
+
+# What a 400 or 422 may say of a field, and the body to try once more with.
+MENDS: tuple[tuple[re.Pattern[str], str, Callable[[Json], Json]], ...] = (
+    (
+        re.compile(
+            rf"max(_completion)?_tokens.*({UNKNOWN_WORDS})|({UNKNOWN_WORDS}).*max(_completion)?_tokens", re.I | re.S
+        ),
+        "max",
+        _rename_max_tokens,
+    ),
+    (
+        re.compile(rf"stream_options.*({UNKNOWN_WORDS})|({UNKNOWN_WORDS}).*stream_options", re.I | re.S),
+        "stream_options",
+        _drop_stream_options,
+    ),
+)
+
+
+def mended(body: Json, error: UpstreamError) -> Json | None:
+    """The body in another spelling, when the refusal names a field that backends spell differently."""
+    if error.http_status not in (400, 422):
+        return None
+    for pattern, prefix, mend in MENDS:
+        if pattern.search(error.message) and any(key.startswith(prefix) for key in body):
+            return mend(body)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a look at a backend found."""
+
+    dialect: Dialect
+    models: tuple[str, ...] = ()
+    windows: Mapping[str, int] = field(default_factory=dict)
+
+
+class Upstream:
+    """One chat-completions backend."""
+
+    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession) -> None:
+        self.settings = settings
+        self._session = session
+        self._base_url = settings.base_url.rstrip("/")
+        self._host = URL(settings.base_url)
+        self._headers = self._make_headers()
+        self._probe: Probe | None = None
+        self._probing: asyncio.Task[Probe] | None = None
+
+    def _make_headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", **self.settings.headers}
+        if key := self.settings.api_key or os.environ.get(self.settings.api_key_env or "", ""):
+            headers.setdefault("Authorization", f"Bearer {key}")
+        return headers
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    async def dialect(self) -> Dialect:
+        """The backend's dialect, looked at once; generic for as long as the backend cannot be reached."""
+        if self.settings.dialect != "auto":
+            return dialects.DIALECTS[self.settings.dialect]
+        if name := dialects.of_host(self._host.host or ""):
+            return dialects.DIALECTS[name]
+        if self._probe is None:
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.create_task(self.probe())
+            with contextlib.suppress(TimeoutError, ProxyError):
+                async with asyncio.timeout(DETECTION_WAIT_S):
+                    await asyncio.shield(self._probing)
+        return self._probe.dialect if self._probe else dialects.GENERIC
+
+    async def probe(self) -> Probe:
+        """Asks the backend for its models. Raises: UpstreamError."""
+        answer = await self._send("GET", "/models", None, self.settings.connect_timeout_s)
+        try:
+            models = orjson.loads(await answer.read())
+        except orjson.JSONDecodeError as error:
+            raise UpstreamGarbled(f"Upstream '{self.settings.name}' listed no models: not JSON.") from error
+        entries = [m for m in models.get("data") or () if isinstance(m, dict)] if isinstance(models, dict) else []
+        name = self.settings.dialect
+        if name == "auto":
+            found = dialects.of_models({"data": entries}, answer.headers, self._host.port)
+            name = dialects.of_host(self._host.host or "") or found
+        windows = {str(m.get("id")): tokens for m in entries if (tokens := dialects.window_tokens(m))}
+        self._probe = Probe(dialects.DIALECTS[name], tuple(str(m.get("id")) for m in entries), windows)
+        log.info("upstream '%s' speaks %s", self.settings.name, name)
+        return self._probe
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    async def complete(self, body: Json) -> Json:
+        """The whole answer as one chat completion. Raises: UpstreamError."""
+        answer = await self._post(body)
+        try:
+            async with asyncio.timeout(self.settings.total_timeout_s):
+                raw = await answer.read()
+            completion = orjson.loads(raw)
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{self.settings.name}' took too long to answer.") from error
+        except aiohttp.ClientError as error:
+            raise UpstreamBroken(f"Upstream '{self.settings.name}' closed the connection in its answer.") from error
+        except orjson.JSONDecodeError as error:
+            raise UpstreamGarbled(f"Upstream '{self.settings.name}' did not answer with JSON.") from error
+        finally:
+            answer.release()
+        return self._checked(completion)
+
+    def _checked(self, completion: Any) -> Json:
+        if not isinstance(completion, dict):
+            raise UpstreamGarbled(f"Upstream '{self.settings.name}' did not answer with a JSON object.")
+        raise_if_error(completion, self.settings.name)
+        if not completion.get("choices"):
+            raise UpstreamGarbled(f"Upstream '{self.settings.name}' answered without a choice.")
+        return completion
+
+    async def stream(self, body: Json) -> ChatStream:
+        """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
+        answer = await self._post(body)
+        return ChatStream(answer, self.settings)
+
+    async def _post(self, body: Json) -> aiohttp.ClientResponse:
+        attempt = 0
+        may_mend = True
+        while True:
+            try:
+                timeout_s = self.settings.first_byte_timeout_s
+                return await self._send("POST", "/chat/completions", orjson.dumps(body), timeout_s)
+            except UpstreamError as error:
+                if may_mend and (other := mended(body, error)):
+                    body, may_mend = other, False
+                    continue
+                wait_s = self._retry_wait_s(error, attempt)
+                if wait_s is None:
+                    raise
+                attempt += 1
+                log.warning("upstream '%s': %s; again in %.1f s", self.settings.name, type(error).__name__, wait_s)
+                await asyncio.sleep(wait_s)
+
+    def _retry_wait_s(self, error: UpstreamError, attempt: int) -> float | None:
+        """How long to wait before another attempt, or None: a wait too long is the client's to decide."""
+        later = error.http_status in LATER and error.error_code not in NEVER_LATER_CODES
+        if attempt >= self.settings.retries or not (later or isinstance(error, UpstreamUnreachable)):
+            return None
+        wait_s = error.retry_after_s or self.settings.retry_backoff_s * 2**attempt
+        return wait_s if wait_s <= self.settings.retry_wait_max_s else None
+
+    async def _send(self, method: str, path: str, data: bytes | None, timeout_s: float) -> aiohttp.ClientResponse:
+        """One request up to its headers. Raises: UpstreamError for anything but a 200."""
+        name = self.settings.name
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._session.request(
+                    method,
+                    self._base_url + path,
+                    data=data,
+                    headers=self._headers,
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_timeout_s),
+                )
+        except aiohttp.ConnectionTimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{name}' at {self._host.authority} cannot be reached in time.") from error
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{name}' did not answer within {timeout_s:g} s.") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamUnreachable(f"Upstream '{name}' at {self._host.authority} cannot be reached.") from error
+        if answer.status != 200:
+            raise await self._refused(answer)
+        return answer
+
+    async def _refused(self, answer: aiohttp.ClientResponse) -> UpstreamError:
+        raw = b""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with asyncio.timeout(self.settings.connect_timeout_s):
+                raw = await answer.content.read(ERROR_BODY_BYTES)
+        answer.close()
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            body = raw.decode("utf-8", "replace").strip()
+        error = refusal(answer.status, body, self.settings.name)
+        error.retry_after_s = _retry_after_s(answer.headers)
+        return error
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+class Upstreams:
+    """The backends in the order of the settings, and the one connection pool they share."""
+
+    def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60)
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
+        self._all = tuple(Upstream(each, self._session) for each in settings)
+
+    def __iter__(self) -> Iterator[Upstream]:
+        return iter(self._all)
+
+    def route(self, model: str) -> tuple[Upstream, str]:
+        """The backend for a model and the model's name there; an unknown model goes to the first backend."""
+        for upstream in self._all:
+            settings = upstream.settings
+            if model in settings.aliases:
+                return upstream, settings.aliases[model]
+            if any(fnmatchcase(model, pattern) for pattern in settings.models):
+                return upstream, model
+        return self._all[0], model
+
+    async def look(self) -> None:
+        """Looks at every backend, so that the first request need not."""
+        await asyncio.gather(*(upstream.dialect() for upstream in self._all))
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def settings_for(base_url: str) -> UpstreamSettings:
+    """The settings of a single backend given by its URL alone."""
+    return replace(UpstreamSettings(base_url=base_url), name=URL(base_url).host or "default")
