@@ -8,7 +8,7 @@ ProxyError                    500  server_error
 │   └── BodyTooLarge          413
 ├── Unauthorized              401  invalid_api_key
 ├── NotFound                  404
-├── Overloaded                429  rate_limit_exceeded
+├── MethodNotAllowed          405
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502
     ├── UpstreamTimeout       504
@@ -27,16 +27,15 @@ from typing import Any, ClassVar
 
 Json = dict[str, Any]
 
-# What `response.error.code` may hold: the SDK's literals, and the three more that clients know how to act on.
-RESPONSE_ERROR_CODES = frozenset(
-    "server_error rate_limit_exceeded invalid_prompt data_residency_mismatch bio_policy misalignment_policy_violation "
-    "vector_store_timeout invalid_image invalid_image_format invalid_base64_image invalid_image_url image_too_large "
-    "image_too_small image_parse_error image_content_policy_violation invalid_image_mode image_file_too_large "
-    "unsupported_image_media_type empty_image_file failed_to_download_image image_file_not_found "
-    "context_length_exceeded insufficient_quota server_is_overloaded".split()
-)
-# Codes of chat backends and of ours, by the word that `response.error.code` has for them.
-RESPONSE_ERROR_CODE_OF = {"invalid_base64": "invalid_base64_image"}
+# Codes of HTTP errors -> `response.error.code`: the SDK's literals, and the three more that clients act on.
+RESPONSE_ERROR_CODE_OF = {
+    "rate_limit_exceeded": "rate_limit_exceeded",
+    "context_length_exceeded": "context_length_exceeded",
+    "insufficient_quota": "insufficient_quota",
+    "server_is_overloaded": "server_is_overloaded",
+    "invalid_base64": "invalid_base64_image",
+    "invalid_image_url": "invalid_image_url",
+}
 
 
 class ProxyError(Exception):
@@ -61,13 +60,9 @@ class ProxyError(Exception):
 
     def to_response_error(self) -> Json:
         """The `error` of a failed response; the code is one that clients know."""
-        code = RESPONSE_ERROR_CODE_OF.get(self.error_code or "", self.error_code)
-        return {"code": code if code in RESPONSE_ERROR_CODES else self._fallback_code(), "message": self.message}
-
-    def _fallback_code(self) -> str:
-        if self.http_status == 429:
-            return "rate_limit_exceeded"
-        return "invalid_prompt" if self.http_status in (400, 404, 413, 422) else "server_error"
+        by_status = {429: "rate_limit_exceeded", 400: "invalid_prompt", 413: "invalid_prompt", 422: "invalid_prompt"}
+        code = RESPONSE_ERROR_CODE_OF.get(self.error_code or "") or by_status.get(self.http_status, "server_error")
+        return {"code": code, "message": self.message}
 
 
 class InvalidRequest(ProxyError):
@@ -124,14 +119,6 @@ class MethodNotAllowed(ProxyError):
     type = "invalid_request_error"
 
 
-class Overloaded(ProxyError):
-    """This proxy takes no more work now."""
-
-    status = 429
-    type = "rate_limit_error"
-    code = "rate_limit_exceeded"
-
-
 class UpstreamError(ProxyError):
     """The backend failed, or the way to it."""
 
@@ -159,6 +146,10 @@ class UpstreamBroken(UpstreamError):
     """The stream ended before the backend said that it had finished."""
 
 
+REFUSAL_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+REFUSAL_CODES = {429: "rate_limit_exceeded", 503: "server_is_overloaded", 529: "server_is_overloaded"}
+
+
 class UpstreamRefused(UpstreamError):
     """The backend answered with an error of its own; its status is kept."""
 
@@ -167,21 +158,10 @@ class UpstreamRefused(UpstreamError):
         self.http_status = status
 
     def to_wire(self) -> Json:
+        default = "invalid_request_error" if self.http_status < 500 else "server_error"
         body = super().to_wire()
-        body["error"]["type"] = REFUSAL_TYPES.get(self.http_status, "server_error")
+        body["error"]["type"] = REFUSAL_TYPES.get(self.http_status, default)
         return body
-
-
-REFUSAL_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "invalid_request_error",
-    413: "invalid_request_error",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-}
-REFUSAL_CODES = {429: "rate_limit_exceeded", 503: "server_is_overloaded", 529: "server_is_overloaded"}
 
 
 class WindowExceeded(UpstreamRefused):

@@ -6,9 +6,8 @@ May not know the HTTP framework. The clock and ids are handed in.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 import orjson
@@ -127,7 +126,7 @@ class Turn:
         if done and self._accepting.exception():
             self._accepting.result()
 
-    async def events(self) -> AsyncIterator[list[Event]]:
+    async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of an accepted turn in batches; the last one is terminal, whatever happens."""
         machine = self._machine
         try:
@@ -161,9 +160,10 @@ class Turn:
 
     async def close(self) -> None:
         """Lets go of the backend; one that is still generating sees its request closed."""
-        if self._accepting is None:
+        accepting, self._accepting = self._accepting, None
+        if accepting is None:
             return
-        self._accepting.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ProxyError):
-            stream = await self._accepting
-            stream.close()
+        accepting.cancel()
+        await asyncio.wait({accepting})
+        if not accepting.cancelled() and accepting.exception() is None:
+            accepting.result().close()

@@ -1,0 +1,588 @@
+"""HTTP edge and composition root: routes, server-sent events out, settings, command line, `app` and `main()`.
+
+May not know chat messages. `app` is an ASGI application for any server, set up by the environment or the file that
+RESPONSES_PROXY_CONFIG names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import logging
+import os
+import re
+import sys
+import time
+import tomllib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ProxyError, UnsupportedParameter
+from request import RequestLimits, TurnRequest, parse_body, parse_request
+from streaming import Event, Json, ReasoningSettings
+from turns import Sources, Turn, Turns, TurnSettings
+from upstream import Upstream, Upstreams, UpstreamSettings, settings_for
+
+log = logging.getLogger("responses_proxy")
+
+ENV_PREFIX = "RESPONSES_PROXY_"
+CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+KEEPALIVE = b": keepalive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The section `[server]`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keepalive_s: float = 15.0
+    shutdown_grace_s: float = 30.0
+    log_level: str = "info"
+
+
+@dataclass(frozen=True)
+class LimitSettings:
+    """The section `[limits]`."""
+
+    body_bytes: int = 64 * 1024 * 1024
+    json_depth: int = 128
+    items: int = 20_000
+    tools: int = 2_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole file; every section belongs to a room."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    turns: TurnSettings = field(default_factory=TurnSettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    upstream: tuple[UpstreamSettings, ...] = ()
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "server": ServerSettings,
+    "limits": LimitSettings,
+    "turns": TurnSettings,
+    "reasoning": ReasoningSettings,
+    "upstream": UpstreamSettings,
+}
+
+
+class SettingsError(Exception):
+    """A setting that is unknown, malformed or missing; the message is for the person at the terminal."""
+
+
+def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The file, overridden by the environment, overridden by the flags. Raises: SettingsError."""
+    tables = _read_file(path) if path else {}
+    upstreams = list(tables.pop("upstream", ()))
+    for given in (_from_environ(environ), flags):
+        for section, values in given.items():
+            if section == "upstream":
+                upstreams[:1] = [{**(upstreams[0] if upstreams else {}), **values}]
+            else:
+                tables[section] = {**tables.get(section, {}), **values}
+    sections = {name: _section(SECTIONS, name, table) for name, table in tables.items()}
+    found = tuple(_section(SECTIONS, "upstream", _named(table)) for table in upstreams)
+    return Settings(**sections, upstream=found)
+
+
+def _named(table: Json) -> Json:
+    """A table with nothing but a URL is named after its host."""
+    if "name" in table or not str(table.get("base_url", "")).startswith("http"):
+        return table
+    return {"name": settings_for(table["base_url"]).name, **table}
+
+
+def _read_file(path: Path) -> Json:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """RESPONSES_PROXY_SECTION__KEY; UPSTREAM means the first one, and UPSTREAM__URL is short for its base_url."""
+    given: dict[str, dict[str, str]] = {}
+    for name, value in environ.items():
+        section, two, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and two:
+            key = "base_url" if (section, key) == ("upstream", "url") else key
+            given.setdefault(section, {})[key] = value
+    return given
+
+
+def _section(sections: Mapping[str, type[Any]], name: str, table: Any) -> Any:
+    cls = sections.get(name)
+    if cls is None:
+        raise SettingsError(_unknown("section", f"[{name}]", name, sections))
+    known = [each.name for each in dataclasses.fields(cls)]
+    for key in table:
+        if key not in known:
+            raise SettingsError(_unknown("setting", f"{name}.{key}", key, known))
+    try:
+        return msgspec.convert(table, cls, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise SettingsError(f"[{name}]: {error}") from error
+
+
+def _unknown(what: str, shown: str, given: str, known: Any) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"unknown {what} {shown}" + (f"; did you mean '{close[0]}'?" if close else "")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+async def _watch(receive: Receive) -> None:
+    """Returns when the client is gone. Without it neither a flowing nor a silent answer would ever notice."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def until_gone(receive: Receive, work: Awaitable[Json]) -> Json:
+    """The result of the work, which is cancelled when the client leaves first. Raises: ClientGone."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_watch(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait({working, watching})
+
+
+def encode(events: list[Event]) -> bytes:
+    """Server-sent events, LF only, each whole: a parser in use loses state between reads."""
+    return b"".join([b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events])
+
+
+class EventStream:
+    """The ASGI response of a streamed turn: one send per read of the backend, comments in between, `[DONE]` last."""
+
+    def __init__(self, turn: Turn, headers: list[tuple[bytes, bytes]], keepalive_s: float) -> None:
+        self._turn = turn
+        self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        self._headers += [(b"x-accel-buffering", b"no"), *headers]
+        self._keepalive_s = keepalive_s
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._sent_at = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.TaskGroup() as group:
+                companion = group.create_task(self._accompany(receive, send))
+                await self._pump(send)
+                companion.cancel()
+        except* ClientGone:
+            log.info("client left a stream")
+        finally:
+            await self._turn.close()
+
+    async def _pump(self, send: Send) -> None:
+        time_of = asyncio.get_running_loop().time
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        async with contextlib.aclosing(self._turn.events()) as batches:
+            async for events in batches:
+                await send({"type": "http.response.body", "body": encode(events), "more_body": True})
+                self._sent_at = time_of()
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _accompany(self, receive: Receive, send: Send) -> None:
+        """Keeps a silent stream alive, and ends it when the client leaves."""
+        loop = asyncio.get_running_loop()
+        watching = asyncio.ensure_future(_watch(receive))
+        try:
+            while not watching.done():
+                await asyncio.wait({watching}, timeout=self._sent_at + self._keepalive_s - loop.time())
+                if not watching.done() and loop.time() >= self._sent_at + self._keepalive_s:
+                    await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+                    self._sent_at = loop.time()
+            raise ClientGone
+        finally:
+            watching.cancel()
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def error_response(error: ProxyError) -> Response:
+    headers = {"retry-after": f"{error.retry_after_s:g}"} if error.retry_after_s is not None else None
+    return json_response(error.to_wire(), error.http_status, headers)
+
+
+def ignored_headers(names: tuple[str, ...]) -> dict[str, str]:
+    """Names of what was left out, safe for a header whatever the client wrote."""
+    shown = ", ".join(name.encode("ascii", "replace").decode() for name in names)
+    return {"x-responses-proxy-ignored": re.sub(r"[^ -~]", "?", shown)[:2000]} if names else {}
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+
+class Edge:
+    """The HTTP handlers and what they share."""
+
+    def __init__(self, settings: Settings, turns: Turns) -> None:
+        self._settings = settings
+        self._turns = turns
+        limits = settings.limits
+        self._limits = RequestLimits(limits.json_depth, limits.items, limits.tools)
+
+    async def create(self, request: Request) -> ASGIApp:
+        """POST /v1/responses."""
+        turn_request = await self._parse(request)
+        turn = await self._turns.prepare(turn_request)
+        if turn.ignored:
+            log.info("left out of %s: %s", request.scope["request_id"], ", ".join(turn.ignored))
+        headers = ignored_headers(turn.ignored)
+        if not turn_request.stream:
+            return json_response(await until_gone(request.receive, turn.run()), headers=headers)
+        await turn.accept()
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        return EventStream(turn, raw, self._settings.server.keepalive_s)
+
+    async def _parse(self, request: Request) -> TurnRequest:
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise InvalidRequest(f"Unsupported content-encoding '{encoding}': send the body as it is.")
+        body = parse_body(await self._body(request), self._limits)
+        return parse_request(body, self._limits)
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._settings.limits.body_bytes
+        declared = request.headers.get("content-length", "0")
+        too_large = BodyTooLarge(f"The request body is larger than {limit} bytes.")
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def responses(self, request: Request) -> Response:
+        """GET /v1/responses: the WebSocket's place; 426 makes clients fall back to HTTP."""
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
+            return json_response(body, 426, {"upgrade": "HTTP/1.1"})
+        return await self.stored(request)
+
+    async def stored(self, request: Request) -> Response:
+        """Everything that reads or writes stored objects."""
+        raise UnsupportedParameter(
+            f"{request.method} {request.url.path} needs stored responses, which this version does not have yet."
+        )
+
+    async def health(self, request: Request) -> Response:
+        """GET /healthz: the process is up."""
+        return json_response({"status": "ok"})
+
+
+STORED_ROUTES = (
+    "/responses/compact",
+    "/responses/input_tokens",
+    "/responses/{id}",
+    "/responses/{id}/cancel",
+    "/responses/{id}/input_items",
+    "/conversations",
+    "/conversations/{id}",
+    "/conversations/{id}/items",
+    "/conversations/{id}/items/{item}",
+)
+
+
+def routes(edge: Edge) -> list[Route]:
+    """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
+    found = [Route("/healthz", edge.health)]
+    for prefix in ("/v1", ""):
+        found.append(Route(f"{prefix}/responses", _answer(edge.create), methods=["POST"]))
+        found.append(Route(f"{prefix}/responses", edge.responses, methods=["GET"]))
+        found += [Route(prefix + path, edge.stored, methods=["GET", "POST", "DELETE"]) for path in STORED_ROUTES]
+    return found
+
+
+def _answer(handler: Callable[[Request], Awaitable[ASGIApp]]) -> Callable[[Request], Awaitable[Any]]:
+    async def endpoint(request: Request) -> Any:
+        return await handler(request)
+
+    return endpoint
+
+
+async def _on_proxy_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProxyError)
+    if error.http_status >= 500:
+        log.warning("%s: %s", request.scope["request_id"], error.message)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        return error_response(MethodNotAllowed(f"Method not allowed: {where}."))
+    return error_response(NotFound(f"Unknown request URL: {where}."))
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    log.info("client left %s", request.scope["request_id"])
+    return Response(status_code=499)
+
+
+class Outermost:
+    """Gives every request an id, and turns a fault of this program into a 500 that names it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await _refuse_websocket(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = _request_id(scope)
+        header = (b"x-request-id", request_id.encode())
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("fault of this program in %s", request_id)
+            if started:
+                raise
+            error = ProxyError(f"Internal error; the log has it under {request_id}.")
+            await error_response(error)(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        text: str = value.decode("latin-1")
+        if name == b"x-request-id" and CLIENT_REQUEST_ID.match(text):
+            return text
+    return new_id("req")
+
+
+async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await send({"type": "websocket.http.response.start", "status": 426, "headers": []})
+        await send({"type": "websocket.http.response.body", "body": b""})
+    else:
+        await send({"type": "websocket.close"})
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id: the prefix and 48 hex digits, as on the live API."""
+    return f"{prefix}_{os.urandom(24).hex()}"
+
+
+# -- the application ---------------------------------------------------------------------------------------------------
+
+
+class Application:
+    """The ASGI application; it opens what it needs when the server starts it."""
+
+    def __init__(self, load: Callable[[], Settings]) -> None:
+        self._load = load
+        self._served: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif self._served is None:
+            raise RuntimeError("the server has to run the lifespan protocol (uvicorn: --lifespan on)")
+        else:
+            await self._served(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            settings = self._load()
+            async with opened(settings) as self._served:
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+        except SettingsError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
+    """The application with everything it needs open. Raises: SettingsError."""
+    if not settings.upstream:
+        raise SettingsError(
+            "no upstream: give --upstream URL, [[upstream]] in the settings file or RESPONSES_PROXY_UPSTREAM__BASE_URL"
+        )
+    upstreams = Upstreams(settings.upstream)
+    looking = asyncio.create_task(upstreams.look())
+    try:
+        yield build_app(settings, upstreams)
+    finally:
+        looking.cancel()
+        await asyncio.wait({looking})
+        await upstreams.close()
+
+
+def build_app(settings: Settings, upstreams: Upstreams) -> ASGIApp:
+    """Routes and error handlers around one set of backends."""
+    turns = Turns(upstreams, settings.turns, settings.reasoning, Sources(time.time, new_id))
+    handlers: MutableMapping[Any, Any] = {
+        ProxyError: _on_proxy_error,
+        HTTPException: _on_http_exception,
+        ClientGone: _on_gone,
+        ClientDisconnect: _on_gone,
+    }
+    return Outermost(Starlette(routes=routes(Edge(settings, turns)), exception_handlers=handlers))
+
+
+def settings_of_environ() -> Settings:
+    """What `uvicorn proxy:app` runs with."""
+    path = os.environ.get("RESPONSES_PROXY_CONFIG")
+    return load_settings(Path(path) if path else None, os.environ, {})
+
+
+app = Application(settings_of_environ)
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="responses-proxy", description="The Responses API in front of any chat-completions backend."
+    )
+    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="serve is the default")
+    parser.add_argument("--upstream", metavar="URL", help="base URL of the backend, e.g. http://localhost:11434/v1")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (8080)")
+    parser.add_argument("--config", metavar="FILE", help="settings file, see config.example.toml")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    return parser.parse_args(argv)
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("responses-proxy")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """The settings of a command line. Raises: SettingsError."""
+    server = {key: value for key in ("host", "port") if (value := getattr(args, key)) is not None}
+    upstream = {"base_url": args.upstream} if args.upstream else {}
+    flags = {name: values for name, values in (("server", server), ("upstream", upstream)) if values}
+    path = args.config or environ.get("RESPONSES_PROXY_CONFIG")
+    return load_settings(Path(path) if path else None, environ, flags)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal. Foreground turns get `shutdown_grace_s`."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Application(lambda: settings),
+            host=settings.server.host,
+            port=settings.server.port,
+            log_level=settings.server.log_level,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
+        )
+    )
+    server.run()
+    return 0 if server.started else 1
+
+
+async def check(settings: Settings) -> int:
+    """Prints what each backend is; 1 when one of them cannot be used."""
+    upstreams = Upstreams(settings.upstream)
+    try:
+        found = [await _check_one(upstream) for upstream in upstreams]
+    finally:
+        await upstreams.close()
+    return 0 if found and all(found) else 1
+
+
+async def _check_one(upstream: Upstream) -> bool:
+    where = f"{upstream.settings.name} ({upstream.settings.base_url})"
+    try:
+        probe = await upstream.probe()
+    except ProxyError as error:
+        print(f"{where}: {error.message}")
+        return False
+    print(f"{where}: dialect {probe.dialect.name}, {len(probe.models)} model(s)")
+    for model in probe.models:
+        window = probe.windows.get(model)
+        print(f"  {model}: window {f'{window} tokens' if window else 'not told'}")
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = settings_of_args(args, os.environ)
+        if not settings.upstream:
+            raise SettingsError("no upstream: give --upstream URL or [[upstream]] in the settings file")
+    except SettingsError as error:
+        print(f"responses-proxy: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if args.command == "check":
+        return asyncio.run(check(settings))
+    return serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
