@@ -163,25 +163,42 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
-async def _watch(receive: Receive) -> None:
-    """Returns when the client is gone. Without it neither a flowing nor a silent answer would ever notice."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+# A request that takes less than this is not watched: its answer is there before the watcher would be.
+UNWATCHED_S = 0.05
 
 
-async def until_gone(receive: Receive, work: Awaitable[Json]) -> Json:
-    """The result of the work, which is cancelled when the client leaves first. Raises: ClientGone."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_watch(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.wait({working, watching})
+class Watched:
+    """Work that is cancelled when the client leaves: `async with Watched(receive): ...`. Raises: ClientGone.
+
+    Without a watcher neither a flowing nor a silent answer would ever notice that nobody listens.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._working = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(UNWATCHED_S, self._begin)
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        assert self._working is not None
+        self._working.cancel()
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._timer.cancel()
+        if self._watcher is None:
+            return
+        gone = self._watcher.done()
+        self._watcher.cancel()
+        await asyncio.wait({self._watcher})
+        if gone and kind is asyncio.CancelledError and self._working and self._working.uncancel() == 0:
+            raise ClientGone from error
 
 
 def encode(events: list[Event]) -> bytes:
@@ -223,16 +240,17 @@ class EventStream:
     async def _accompany(self, receive: Receive, send: Send) -> None:
         """Keeps a silent stream alive, and ends it when the client leaves."""
         loop = asyncio.get_running_loop()
-        watching = asyncio.ensure_future(_watch(receive))
-        try:
-            while not watching.done():
-                await asyncio.wait({watching}, timeout=self._sent_at + self._keepalive_s - loop.time())
-                if not watching.done() and loop.time() >= self._sent_at + self._keepalive_s:
+        while True:
+            try:
+                async with asyncio.timeout_at(self._sent_at + self._keepalive_s):
+                    message = await receive()
+            except TimeoutError:
+                if loop.time() >= self._sent_at + self._keepalive_s:
                     await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
                     self._sent_at = loop.time()
-            raise ClientGone
-        finally:
-            watching.cancel()
+            else:
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -270,7 +288,9 @@ class Edge:
             log.info("left out of %s: %s", request.scope["request_id"], ", ".join(turn.ignored))
         headers = ignored_headers(turn.ignored)
         if not turn_request.stream:
-            return json_response(await until_gone(request.receive, turn.run()), headers=headers)
+            async with Watched(request.receive):
+                response = await turn.run()
+            return json_response(response, headers=headers)
         await turn.accept()
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         return EventStream(turn, raw, self._settings.server.keepalive_s)
@@ -330,19 +350,23 @@ STORED_ROUTES = (
 
 def routes(edge: Edge) -> list[Route]:
     """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
-    found = [Route("/healthz", edge.health)]
+    found: list[Route] = []
     for prefix in ("/v1", ""):
-        found.append(Route(f"{prefix}/responses", _answer(edge.create), methods=["POST"]))
+        found.append(Route(f"{prefix}/responses", Endpoint(edge.create), methods=["POST"]))
         found.append(Route(f"{prefix}/responses", edge.responses, methods=["GET"]))
         found += [Route(prefix + path, edge.stored, methods=["GET", "POST", "DELETE"]) for path in STORED_ROUTES]
-    return found
+    return [*found, Route("/healthz", edge.health)]
 
 
-def _answer(handler: Callable[[Request], Awaitable[ASGIApp]]) -> Callable[[Request], Awaitable[Any]]:
-    async def endpoint(request: Request) -> Any:
-        return await handler(request)
+@dataclass(frozen=True)
+class Endpoint:
+    """A handler that answers with any ASGI application, in front of which the framework puts nothing."""
 
-    return endpoint
+    handler: Callable[[Request], Awaitable[ASGIApp]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self.handler(Request(scope, receive))
+        await answer(scope, receive, send)
 
 
 async def _on_proxy_error(request: Request, error: Exception) -> Response:
@@ -533,6 +557,7 @@ def serve(settings: Settings) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="on",
             ws="none",
             timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),

@@ -107,7 +107,6 @@ class Turn:
 
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError."""
-        self._machine.start()
         self._machine.feed(await self._upstream.complete(self._body))
         self._machine.close()
         return self._machine.snapshot()

@@ -205,6 +205,7 @@ class Upstream:
         self._base_url = settings.base_url.rstrip("/")
         self._host = URL(settings.base_url)
         self._headers = self._make_headers()
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._probe: Probe | None = None
         self._probing: asyncio.Task[Probe] | None = None
 
@@ -232,9 +233,14 @@ class Upstream:
 
     async def probe(self) -> Probe:
         """Asks the backend for its models. Raises: UpstreamError."""
-        answer = await self._send("GET", "/models", None, self.settings.connect_timeout_s)
         try:
-            models = orjson.loads(await answer.read())
+            async with asyncio.timeout(self.settings.connect_timeout_s):
+                answer = await self._send("GET", "/models", None)
+                models = orjson.loads(await answer.read())
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{self.settings.name}' listed no models in time.") from error
+        except aiohttp.ClientError as error:
+            raise UpstreamBroken(f"Upstream '{self.settings.name}' broke off its list of models.") from error
         except orjson.JSONDecodeError as error:
             raise UpstreamGarbled(f"Upstream '{self.settings.name}' listed no models: not JSON.") from error
         entries = [m for m in models.get("data") or () if isinstance(m, dict)] if isinstance(models, dict) else []
@@ -251,19 +257,17 @@ class Upstream:
 
     async def complete(self, body: Json) -> Json:
         """The whole answer as one chat completion. Raises: UpstreamError."""
-        answer = await self._post(body)
+        name = self.settings.name
         try:
             async with asyncio.timeout(self.settings.total_timeout_s):
-                raw = await answer.read()
-            completion = orjson.loads(raw)
+                answer = await self._post(body)
+                completion = orjson.loads(await answer.read())
         except TimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{self.settings.name}' took too long to answer.") from error
+            raise UpstreamTimeout(f"Upstream '{name}' did not answer in time.") from error
         except aiohttp.ClientError as error:
-            raise UpstreamBroken(f"Upstream '{self.settings.name}' closed the connection in its answer.") from error
+            raise UpstreamBroken(f"Upstream '{name}' closed the connection in its answer.") from error
         except orjson.JSONDecodeError as error:
-            raise UpstreamGarbled(f"Upstream '{self.settings.name}' did not answer with JSON.") from error
-        finally:
-            answer.release()
+            raise UpstreamGarbled(f"Upstream '{name}' did not answer with JSON.") from error
         return self._checked(completion)
 
     def _checked(self, completion: Any) -> Json:
@@ -276,7 +280,11 @@ class Upstream:
 
     async def stream(self, body: Json) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
-        answer = await self._post(body)
+        try:
+            async with asyncio.timeout(self.settings.first_byte_timeout_s):
+                answer = await self._post(body)
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
         return ChatStream(answer, self.settings)
 
     async def _post(self, body: Json) -> aiohttp.ClientResponse:
@@ -284,8 +292,7 @@ class Upstream:
         may_mend = True
         while True:
             try:
-                timeout_s = self.settings.first_byte_timeout_s
-                return await self._send("POST", "/chat/completions", orjson.dumps(body), timeout_s)
+                return await self._send("POST", "/chat/completions", orjson.dumps(body))
             except UpstreamError as error:
                 if may_mend and (other := mended(body, error)):
                     body, may_mend = other, False
@@ -305,25 +312,22 @@ class Upstream:
         wait_s = error.retry_after_s or self.settings.retry_backoff_s * 2**attempt
         return wait_s if wait_s <= self.settings.retry_wait_max_s else None
 
-    async def _send(self, method: str, path: str, data: bytes | None, timeout_s: float) -> aiohttp.ClientResponse:
+    async def _send(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
         """One request up to its headers. Raises: UpstreamError for anything but a 200."""
-        name = self.settings.name
+        where = f"Upstream '{self.settings.name}' at {self._host.authority}"
         try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._session.request(
-                    method,
-                    self._base_url + path,
-                    data=data,
-                    headers=self._headers,
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_timeout_s),
-                )
+            answer = await self._session.request(
+                method,
+                self._base_url + path,
+                data=data,
+                headers=self._headers,
+                allow_redirects=False,
+                timeout=self._timeout,
+            )
         except aiohttp.ConnectionTimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{name}' at {self._host.authority} cannot be reached in time.") from error
-        except TimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{name}' did not answer within {timeout_s:g} s.") from error
+            raise UpstreamTimeout(f"{where} cannot be reached in time.") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnreachable(f"Upstream '{name}' at {self._host.authority} cannot be reached.") from error
+            raise UpstreamUnreachable(f"{where} cannot be reached.") from error
         if answer.status != 200:
             raise await self._refused(answer)
         return answer

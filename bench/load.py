@@ -57,7 +57,8 @@ class Exchange:
 
     def text_length(self) -> int:
         """Characters of output text in the final response, -1 if there is none."""
-        last = self.body[self.body.rfind(b"\ndata: ") + 7 :] if self.created_at else self.body
+        events = bytes(self.body).removesuffix(b"data: [DONE]\n\n")
+        last = events[events.rfind(b"\ndata: ") + 7 :] if self.created_at else events
         answer = orjson.loads(last) if self.parser.get_status_code() == 200 else {}
         answer = answer.get("response", answer)
         texts = [part["text"] for item in answer.get("output", ()) for part in item.get("content", ())]
