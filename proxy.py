@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ from typing import Any
 import msgspec
 import orjson
 import uvicorn
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ProxyError, UnsupportedParameter
@@ -369,40 +368,37 @@ class Endpoint:
         await answer(scope, receive, send)
 
 
-async def _on_proxy_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ProxyError)
-    if error.http_status >= 500:
-        log.warning("%s: %s", request.scope["request_id"], error.message)
-    return error_response(error)
+def response_to(error: Exception, request_id: str) -> Response:
+    """The one place where an exception becomes an HTTP answer."""
+    if isinstance(error, ProxyError):
+        if error.http_status >= 500:
+            log.warning("%s: %s", request_id, error.message)
+        return error_response(error)
+    if isinstance(error, HTTPException):
+        return error_response(ROUTING_ERRORS.get(error.status_code, NotFound)("Unknown request URL or method."))
+    if isinstance(error, ClientGone | ClientDisconnect):
+        log.info("client left %s", request_id)
+        return Response(status_code=499)
+    log.error("fault of this program in %s", request_id, exc_info=error)
+    return error_response(ProxyError(f"Internal error; the log has it under {request_id}."))
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    if error.status_code == 405:
-        return error_response(MethodNotAllowed(f"Method not allowed: {where}."))
-    return error_response(NotFound(f"Unknown request URL: {where}."))
-
-
-async def _on_gone(request: Request, error: Exception) -> Response:
-    log.info("client left %s", request.scope["request_id"])
-    return Response(status_code=499)
+ROUTING_ERRORS: dict[int, type[ProxyError]] = {405: MethodNotAllowed}
 
 
 class Outermost:
-    """Gives every request an id, and turns a fault of this program into a 500 that names it."""
+    """Gives every request an id, and turns what goes wrong into an answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, router: ASGIApp, new_id: Callable[[str], str]) -> None:
+        self._router = router
+        self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await _refuse_websocket(scope, receive, send)
             return
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = scope["request_id"] = _request_id(scope)
+        request_id = scope["request_id"] = _request_id(scope) or self._new_id("req")
+        scope["app"] = self  # the router raises its 404 and 405 only inside an application
         header = (b"x-request-id", request_id.encode())
         started = False
 
@@ -414,21 +410,20 @@ class Outermost:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("fault of this program in %s", request_id)
+            await self._router(scope, receive, send_with_id)
+        except Exception as error:
             if started:
                 raise
-            error = ProxyError(f"Internal error; the log has it under {request_id}.")
-            await error_response(error)(scope, receive, send_with_id)
+            await response_to(error, request_id)(scope, receive, send_with_id)
 
 
-def _request_id(scope: Scope) -> str:
+def _request_id(scope: Scope) -> str | None:
+    """The client's own id, when it is fit for a header and a log."""
     for name, value in scope["headers"]:
         text: str = value.decode("latin-1")
         if name == b"x-request-id" and CLIENT_REQUEST_ID.match(text):
             return text
-    return new_id("req")
+    return None
 
 
 async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -440,9 +435,18 @@ async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close"})
 
 
-def new_id(prefix: str) -> str:
-    """A fresh id: the prefix and 48 hex digits, as on the live API."""
-    return f"{prefix}_{os.urandom(24).hex()}"
+class Ids:
+    """Fresh ids: a prefix and 48 hex digits, as on the live API. Random bytes are fetched for many ids at once."""
+
+    def __init__(self) -> None:
+        self._pool = b""
+        self._used = 0
+
+    def __call__(self, prefix: str) -> str:
+        if self._used >= len(self._pool):
+            self._pool, self._used = os.urandom(24 * 256), 0
+        self._used += 24
+        return f"{prefix}_{self._pool[self._used - 24 : self._used].hex()}"
 
 
 # -- the application ---------------------------------------------------------------------------------------------------
@@ -495,14 +499,9 @@ async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
 
 def build_app(settings: Settings, upstreams: Upstreams) -> ASGIApp:
     """Routes and error handlers around one set of backends."""
-    turns = Turns(upstreams, settings.turns, settings.reasoning, Sources(time.time, new_id))
-    handlers: MutableMapping[Any, Any] = {
-        ProxyError: _on_proxy_error,
-        HTTPException: _on_http_exception,
-        ClientGone: _on_gone,
-        ClientDisconnect: _on_gone,
-    }
-    return Outermost(Starlette(routes=routes(Edge(settings, turns)), exception_handlers=handlers))
+    ids = Ids()
+    turns = Turns(upstreams, settings.turns, settings.reasoning, Sources(time.time, ids))
+    return Outermost(Router(routes(Edge(settings, turns))), ids)
 
 
 def settings_of_environ() -> Settings:
