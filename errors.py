@@ -1,21 +1,21 @@
 """The exceptions as a drawn tree; each knows its wire body.
 
-ProxyError                    500  server_error
-├── InvalidRequest            400  invalid_request_error
-│   ├── MissingParameter           missing_required_parameter
-│   ├── UnsupportedItem            invalid_value: a type nobody here can render
-│   ├── UnsupportedParameter       unsupported_parameter
-│   └── BodyTooLarge          413
-├── Unauthorized              401  invalid_api_key
-├── NotFound                  404
-├── MethodNotAllowed          405
+ProxyError                    500  server_error: anything that a client is told about
+├── InvalidRequest            400  invalid_request_error: the request cannot be carried out as it stands
+│   ├── MissingParameter           missing_required_parameter: a parameter that has to be there is not
+│   ├── UnsupportedItem            invalid_value: an item, part, tool or choice of a type nobody here can render
+│   ├── UnsupportedParameter       unsupported_parameter: it would change the answer and cannot be honoured
+│   ├── BodyTooLarge          413  request_too_large: more than the settings allow
+│   ├── Unauthorized          401  invalid_api_key: no key, or one that is not known
+│   ├── NotFound              404  no such object for this owner, or no such route
+│   └── MethodNotAllowed      405  the route is there, the method is not
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502
     ├── UpstreamTimeout       504
     ├── UpstreamGarbled       502  it answered, but not with chat completions
     ├── UpstreamBroken        502  a stream that ended too early
-    ├── UpstreamRefused       its own status
-    └── WindowExceeded        400  context_length_exceeded
+    └── UpstreamRefused            an error of its own, with its own status
+        └── WindowExceeded    400  context_length_exceeded: the input is larger than the model's window
 
 Two vocabularies: the HTTP error body (`to_wire`) and `response.error` of a failed response (`to_response_error`).
 Source: OpenAI error envelope and ResponseError.code of the openai SDK, read 2026-11-20.
@@ -36,10 +36,16 @@ RESPONSE_ERROR_CODE_OF = {
     "invalid_base64": "invalid_base64_image",
     "invalid_image_url": "invalid_image_url",
 }
+RESPONSE_ERROR_CODE_OF_STATUS = {
+    400: "invalid_prompt",
+    413: "invalid_prompt",
+    422: "invalid_prompt",
+    429: "rate_limit_exceeded",
+}
 
 
 class ProxyError(Exception):
-    """Anything that a client is told about; `status`, `type` and `code` are the class's unless given."""
+    """`status`, `type` and `code` are the class's unless given."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -60,70 +66,47 @@ class ProxyError(Exception):
 
     def to_response_error(self) -> Json:
         """The `error` of a failed response; the code is one that clients know."""
-        by_status = {429: "rate_limit_exceeded", 400: "invalid_prompt", 413: "invalid_prompt", 422: "invalid_prompt"}
-        code = RESPONSE_ERROR_CODE_OF.get(self.error_code or "") or by_status.get(self.http_status, "server_error")
-        return {"code": code, "message": self.message}
+        by_status = RESPONSE_ERROR_CODE_OF_STATUS.get(self.http_status, "server_error")
+        return {"code": RESPONSE_ERROR_CODE_OF.get(self.error_code or "", by_status), "message": self.message}
 
 
 class InvalidRequest(ProxyError):
-    """The client's request cannot be carried out as it stands."""
-
     status = 400
     type = "invalid_request_error"
 
 
 class MissingParameter(InvalidRequest):
-    """A parameter that has to be there is not."""
-
     code = "missing_required_parameter"
 
 
 class UnsupportedItem(InvalidRequest):
-    """An item, part, tool or tool choice of a type that nobody here can render."""
-
     code = "invalid_value"
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A parameter that would change the answer and that cannot be honoured."""
-
     code = "unsupported_parameter"
 
 
 class BodyTooLarge(InvalidRequest):
-    """The request is larger than the limit in the settings."""
-
     status = 413
     code = "request_too_large"
 
 
-class Unauthorized(ProxyError):
-    """No key, or one that is not known."""
-
+class Unauthorized(InvalidRequest):
     status = 401
-    type = "invalid_request_error"
     code = "invalid_api_key"
 
 
-class NotFound(ProxyError):
-    """No such object for this owner, or no such route."""
-
+class NotFound(InvalidRequest):
     status = 404
-    type = "invalid_request_error"
 
 
-class MethodNotAllowed(ProxyError):
-    """The route is there, the method is not."""
-
+class MethodNotAllowed(InvalidRequest):
     status = 405
-    type = "invalid_request_error"
 
 
 class UpstreamError(ProxyError):
-    """The backend failed, or the way to it."""
-
     status = 502
-    type = "server_error"
     code = "upstream_error"
 
 
@@ -132,8 +115,6 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class UpstreamTimeout(UpstreamError):
-    """The backend said nothing for longer than the settings allow."""
-
     status = 504
     code = "upstream_timeout"
 
@@ -165,7 +146,5 @@ class UpstreamRefused(UpstreamError):
 
 
 class WindowExceeded(UpstreamRefused):
-    """The rendered input is larger than the model's window."""
-
     def __init__(self, message: str) -> None:
         super().__init__(message, status=400, param="input", code="context_length_exceeded")

@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ import msgspec
 import orjson
 import uvicorn
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ProxyError, UnsupportedParameter
-from request import RequestLimits, TurnRequest, parse_body, parse_request
+from request import RequestLimits, parse_body, parse_request
 from streaming import Event, Json, ReasoningSettings
 from turns import Sources, Turn, Turns, TurnSettings
 from upstream import Upstream, Upstreams, UpstreamSettings, settings_for
@@ -61,13 +61,10 @@ class ServerSettings:
 
 
 @dataclass(frozen=True)
-class LimitSettings:
+class LimitSettings(RequestLimits):
     """The section `[limits]`."""
 
     body_bytes: int = 64 * 1024 * 1024
-    json_depth: int = 128
-    items: int = 20_000
-    tools: int = 2_000
 
 
 @dataclass(frozen=True)
@@ -261,10 +258,42 @@ def error_response(error: ProxyError) -> Response:
     return json_response(error.to_wire(), error.http_status, headers)
 
 
-def ignored_headers(names: tuple[str, ...]) -> dict[str, str]:
+async def send_json(send: Send, body: Any, headers: list[tuple[bytes, bytes]]) -> None:
+    """A 200 with a JSON body, without the framework's part in it: every plain turn passes here."""
+    raw = orjson.dumps(body)
+    fixed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
+    await send({"type": "http.response.start", "status": 200, "headers": fixed + headers})
+    await send({"type": "http.response.body", "body": raw})
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The request body. Raises: BodyTooLarge, InvalidRequest for an encoding, ClientGone."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
+            raise _too_large(limit_bytes)
+        if name == b"content-encoding" and value != b"identity":
+            raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
+    body = b""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body = body + message.get("body", b"") if body else message.get("body", b"")
+        if len(body) > limit_bytes:
+            raise _too_large(limit_bytes)
+        more = message.get("more_body", False)
+    return body
+
+
+def _too_large(limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {limit_bytes} bytes.")
+
+
+def ignored_header(names: tuple[str, ...]) -> tuple[bytes, bytes]:
     """Names of what was left out, safe for a header whatever the client wrote."""
     shown = ", ".join(name.encode("ascii", "replace").decode() for name in names)
-    return {"x-responses-proxy-ignored": re.sub(r"[^ -~]", "?", shown)[:2000]} if names else {}
+    return b"x-responses-proxy-ignored", re.sub(r"[^ -~]", "?", shown)[:2000].encode()
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -274,47 +303,26 @@ class Edge:
     """The HTTP handlers and what they share."""
 
     def __init__(self, settings: Settings, turns: Turns) -> None:
-        self._settings = settings
         self._turns = turns
-        limits = settings.limits
-        self._limits = RequestLimits(limits.json_depth, limits.items, limits.tools)
+        self._limits = settings.limits
+        self._keepalive_s = settings.server.keepalive_s
 
-    async def create(self, request: Request) -> ASGIApp:
+    async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/responses."""
-        turn_request = await self._parse(request)
-        turn = await self._turns.prepare(turn_request)
+        limits = self._limits
+        request = parse_request(parse_body(await read_body(scope, receive, limits.body_bytes), limits), limits)
+        turn = await self._turns.prepare(request)
+        headers = []
         if turn.ignored:
-            log.info("left out of %s: %s", request.scope["request_id"], ", ".join(turn.ignored))
-        headers = ignored_headers(turn.ignored)
-        if not turn_request.stream:
-            async with Watched(request.receive):
+            log.info("left out of %s: %s", scope["request_id"], ", ".join(turn.ignored))
+            headers.append(ignored_header(turn.ignored))
+        if request.stream:
+            await turn.accept()
+            await EventStream(turn, headers, self._keepalive_s)(scope, receive, send)
+        else:
+            async with Watched(receive):
                 response = await turn.run()
-            return json_response(response, headers=headers)
-        await turn.accept()
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        return EventStream(turn, raw, self._settings.server.keepalive_s)
-
-    async def _parse(self, request: Request) -> TurnRequest:
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise InvalidRequest(f"Unsupported content-encoding '{encoding}': send the body as it is.")
-        body = parse_body(await self._body(request), self._limits)
-        return parse_request(body, self._limits)
-
-    async def _body(self, request: Request) -> bytes:
-        limit = self._settings.limits.body_bytes
-        declared = request.headers.get("content-length", "0")
-        too_large = BodyTooLarge(f"The request body is larger than {limit} bytes.")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-        return b"".join(chunks)
+            await send_json(send, response, headers)
 
     async def responses(self, request: Request) -> Response:
         """GET /v1/responses: the WebSocket's place; 426 makes clients fall back to HTTP."""
@@ -349,23 +357,16 @@ STORED_ROUTES = (
 
 def routes(edge: Edge) -> list[Route]:
     """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
-    found: list[Route] = []
+    found: list[Route] = [Route("/healthz", edge.health)]
     for prefix in ("/v1", ""):
-        found.append(Route(f"{prefix}/responses", Endpoint(edge.create), methods=["POST"]))
         found.append(Route(f"{prefix}/responses", edge.responses, methods=["GET"]))
         found += [Route(prefix + path, edge.stored, methods=["GET", "POST", "DELETE"]) for path in STORED_ROUTES]
-    return [*found, Route("/healthz", edge.health)]
+    return found
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """A handler that answers with any ASGI application, in front of which the framework puts nothing."""
-
-    handler: Callable[[Request], Awaitable[ASGIApp]]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self.handler(Request(scope, receive))
-        await answer(scope, receive, send)
+def direct_routes(edge: Edge) -> dict[tuple[str, str], ASGIApp]:
+    """The routes that every turn takes: found by one look, and answered without the framework."""
+    return {("POST", f"{prefix}/responses"): edge.create for prefix in ("/v1", "")}
 
 
 def response_to(error: Exception, request_id: str) -> Response:
@@ -376,7 +377,7 @@ def response_to(error: Exception, request_id: str) -> Response:
         return error_response(error)
     if isinstance(error, HTTPException):
         return error_response(ROUTING_ERRORS.get(error.status_code, NotFound)("Unknown request URL or method."))
-    if isinstance(error, ClientGone | ClientDisconnect):
+    if isinstance(error, ClientGone):
         log.info("client left %s", request_id)
         return Response(status_code=499)
     log.error("fault of this program in %s", request_id, exc_info=error)
@@ -389,8 +390,9 @@ ROUTING_ERRORS: dict[int, type[ProxyError]] = {405: MethodNotAllowed}
 class Outermost:
     """Gives every request an id, and turns what goes wrong into an answer."""
 
-    def __init__(self, router: ASGIApp, new_id: Callable[[str], str]) -> None:
-        self._router = router
+    def __init__(self, edge: Edge, new_id: Callable[[str], str]) -> None:
+        self._direct = direct_routes(edge)
+        self._router = Router(routes(edge))
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -410,7 +412,8 @@ class Outermost:
             await send(message)
 
         try:
-            await self._router(scope, receive, send_with_id)
+            route = self._direct.get((scope["method"], scope["path"]), self._router)
+            await route(scope, receive, send_with_id)
         except Exception as error:
             if started:
                 raise
@@ -501,7 +504,7 @@ def build_app(settings: Settings, upstreams: Upstreams) -> ASGIApp:
     """Routes and error handlers around one set of backends."""
     ids = Ids()
     turns = Turns(upstreams, settings.turns, settings.reasoning, Sources(time.time, ids))
-    return Outermost(Router(routes(Edge(settings, turns))), ids)
+    return Outermost(Edge(settings, turns), ids)
 
 
 def settings_of_environ() -> Settings:
@@ -525,6 +528,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080)")
     parser.add_argument("--config", metavar="FILE", help="settings file, see config.example.toml")
+    parser.add_argument("--store", metavar="FILE", help="refused: this version stores nothing yet")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     return parser.parse_args(argv)
 
@@ -538,6 +542,8 @@ def version() -> str:
 
 def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """The settings of a command line. Raises: SettingsError."""
+    if args.store:
+        raise SettingsError("--store: this version stores nothing yet; leave it out")
     server = {key: value for key in ("host", "port") if (value := getattr(args, key)) is not None}
     upstream = {"base_url": args.upstream} if args.upstream else {}
     flags = {name: values for name, values in (("server", server), ("upstream", upstream)) if values}

@@ -163,7 +163,7 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
         return "message.output_text.logprobs" in (self.include or ())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RequestLimits:
     """What one request may hold."""
 

@@ -28,7 +28,9 @@ Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.upstream")
 
 # How long a request waits for the first look at a backend; after that it goes out in the generic dialect.
-DETECTION_WAIT_S = 1.0
+DETECTION_WAIT_S = 0.1
+# How long after a look that found nothing the next one is made.
+DETECTION_PAUSE_S = 10.0
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.
 DRAIN_S = 0.1
 # The largest part of an error body that is read.
@@ -208,6 +210,7 @@ class Upstream:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._probe: Probe | None = None
         self._probing: asyncio.Task[Probe] | None = None
+        self._look_again_at = 0.0
 
     def _make_headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", **self.settings.headers}
@@ -223,12 +226,11 @@ class Upstream:
             return dialects.DIALECTS[self.settings.dialect]
         if name := dialects.of_host(self._host.host or ""):
             return dialects.DIALECTS[name]
-        if self._probe is None:
-            if self._probing is None or self._probing.done():
-                self._probing = asyncio.create_task(self.probe())
-            with contextlib.suppress(TimeoutError, ProxyError):
-                async with asyncio.timeout(DETECTION_WAIT_S):
-                    await asyncio.shield(self._probing)
+        loop = asyncio.get_running_loop()
+        if self._probe is None and loop.time() >= self._look_again_at:
+            self._look_again_at = loop.time() + DETECTION_PAUSE_S
+            self._probing = asyncio.create_task(self.probe())
+            await asyncio.wait({self._probing}, timeout=DETECTION_WAIT_S)
         return self._probe.dialect if self._probe else dialects.GENERIC
 
     async def probe(self) -> Probe:
@@ -252,6 +254,14 @@ class Upstream:
         self._probe = Probe(dialects.DIALECTS[name], tuple(str(m.get("id")) for m in entries), windows)
         log.info("upstream '%s' speaks %s", self.settings.name, name)
         return self._probe
+
+    async def close(self) -> None:
+        """Ends a look that is still under way."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait({self._probing})
+            with contextlib.suppress(asyncio.CancelledError, ProxyError):
+                self._probing.result()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -355,7 +365,7 @@ class Upstreams:
 
     def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60)
-        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         self._all = tuple(Upstream(each, self._session) for each in settings)
 
     def __iter__(self) -> Iterator[Upstream]:
@@ -376,6 +386,7 @@ class Upstreams:
         await asyncio.gather(*(upstream.dialect() for upstream in self._all))
 
     async def close(self) -> None:
+        await asyncio.gather(*(upstream.close() for upstream in self._all))
         await self._session.close()
 
 

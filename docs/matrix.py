@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from items import ITEMS, PARTS  # noqa: E402 - the rooms stand one folder up
+from dialects import DIALECTS, GENERIC, Dialect  # noqa: E402 - the rooms stand one folder up
+from items import ITEMS, PARTS  # noqa: E402
 from request import REQUEST_FIELDS  # noqa: E402
 from tools import TOOL_CHOICES, TOOLS  # noqa: E402
 
@@ -23,6 +25,13 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def differences(dialect: Dialect) -> str:
+    """What a dialect has otherwise than `generic`."""
+    fields = (field.name for field in dataclasses.fields(dialect) if field.name != "name")
+    differing = [f"{f} = {getattr(dialect, f)}" for f in fields if getattr(dialect, f) != getattr(GENERIC, f)]
+    return ", ".join(differing) or "the safest common form"
+
+
 def matrix() -> str:
     """All tables, in the order in which a request is read."""
     return "\n\n".join(
@@ -32,6 +41,7 @@ def matrix() -> str:
             table("content part", ((name, note) for name, (_, note) in PARTS.items())),
             table("tool", ((name, row.note) for name, row in TOOLS.items())),
             table("tool choice", ((name, note) for name, (_, note) in TOOL_CHOICES.items())),
+            table("dialect", ((name, differences(dialect)) for name, dialect in DIALECTS.items())),
         ]
     )
 
