@@ -95,6 +95,7 @@ DIALECTS: dict[str, Dialect] = {
             assistant_after_tool=True,
             effort=None,
             stream_usage=False,
+            penalties=False,
             short_call_ids=True,
         ),
         Dialect("gemini", merge_neighbours=True, response_format_with_tools=False, penalties=False),
@@ -151,6 +152,8 @@ def of_models(models: Json, headers: Mapping[str, str], port: int | None) -> str
     if name := DIALECT_OF_SERVER.get(headers.get("Server", "")):
         return name
     for model in models.get("data") or ():
+        if not isinstance(model, dict):
+            continue
         if name := DIALECT_OF_OWNER.get(str(model.get("owned_by"))):
             return name
         if "meta" in model:
@@ -164,7 +167,7 @@ def window_tokens(model: Json) -> int | None:
     Source: vLLM and SGLang `max_model_len`, llama.cpp `meta.n_ctx` (per slot), Groq `context_window`,
     OpenRouter `context_length`, Mistral `max_context_length`.
     """
-    meta = model.get("meta") or {}
+    meta = model.get("meta")
     fields = ("max_model_len", "context_window", "context_length", "max_context_length")
-    found = [meta.get("n_ctx"), *(model.get(field) for field in fields)]
+    found = [meta.get("n_ctx") if isinstance(meta, dict) else None, *(model.get(field) for field in fields)]
     return next((tokens for tokens in found if isinstance(tokens, int) and tokens > 0), None)

@@ -9,13 +9,24 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dialects import Dialect
 from errors import InvalidRequest, MissingParameter, UnsupportedItem
-from tools import Toolbox, ToolRef, arguments_of_action, arguments_of_operation, dumps, valid_arguments
+from tools import (
+    Toolbox,
+    ToolRef,
+    arguments_of_action,
+    arguments_of_operation,
+    dumps,
+    named,
+    optional,
+    required,
+    valid_arguments,
+)
 
 try:
     import pypdf
@@ -67,30 +78,25 @@ class Returned:
 Piece = Said | Thought | Called | Returned
 
 
-def _text_at(item: Json, key: str, path: str) -> str:
-    value = item.get(key)
-    if value is None:
-        raise MissingParameter(f"Missing required parameter: '{path}.{key}'.", param=f"{path}.{key}")
-    if not isinstance(value, str):
-        raise InvalidRequest(f"Invalid '{path}.{key}': expected a string.", param=f"{path}.{key}", code="invalid_type")
-    return value
-
-
 # -- content parts -----------------------------------------------------------------------------------------------------
 
 
 def _text_part(part: Json, path: str, dialect: Dialect) -> Json:
-    return {"type": "text", "text": _text_at(part, "text", path)}
+    return {"type": "text", "text": required(part, "text", path, str)}
 
 
 def _refusal_part(part: Json, path: str, dialect: Dialect) -> Json:
-    return {"type": "text", "text": _text_at(part, "refusal", path)}
+    return {"type": "text", "text": required(part, "refusal", path, str)}
+
+
+# Chat knows no `original`.
+DETAILS = {"low": "low", "high": "high", "auto": "auto", "original": "high"}
 
 
 def _image_part(part: Json, path: str, dialect: Dialect) -> Json:
     if part.get("file_id"):
         raise _no_files(f"{path}.file_id")
-    url = _text_at(part, "image_url", path)
+    url = required(part, "image_url", path, str)
     if not url.startswith(("http://", "https://", "data:")):
         raise InvalidRequest(
             f"Invalid '{path}.image_url': expected an http(s) or data URL.",
@@ -105,8 +111,14 @@ def _image_part(part: Json, path: str, dialect: Dialect) -> Json:
             code="invalid_image_url",
         )
     image = {"url": url}
-    if part.get("detail"):
-        image["detail"] = "high" if part["detail"] == "original" else str(part["detail"])
+    if detail := optional(part, "detail", path, str):
+        if detail not in DETAILS:
+            raise InvalidRequest(
+                f"Invalid '{path}.detail': expected {', '.join(map(repr, DETAILS))}.",
+                param=f"{path}.detail",
+                code="invalid_value",
+            )
+        image["detail"] = DETAILS[detail]
     return {"type": "image_url", "image_url": image}
 
 
@@ -125,11 +137,14 @@ def _file_part(part: Json, path: str, dialect: Dialect) -> Json:
         raise UnsupportedItem(
             f"Unsupported '{path}.file_url': files are not fetched here; send 'file_data'.", param=f"{path}.file_url"
         )
-    data = _text_at(part, "file_data", path)
-    name = part.get("filename") or "file"
+    data = required(part, "file_data", path, str)
+    name = optional(part, "filename", path, str) or "file"
     if dialect.file_parts:
         return {"type": "file", "file": {"filename": name, "file_data": data}}
     return {"type": "text", "text": f'<file name="{name}">\n{file_text(data, f"{path}.file_data")}\n</file>'}
+
+
+DATA_URL = re.compile(r"^data:[^,]*;base64,")
 
 
 def file_text(data: str, path: str) -> str:
@@ -137,9 +152,8 @@ def file_text(data: str, path: str) -> str:
 
     Raises: InvalidRequest.
     """
-    encoded = data.partition(",")[2] if data.startswith("data:") else data
     try:
-        raw = base64.b64decode(encoded, validate=True)
+        raw = base64.b64decode(DATA_URL.sub("", data), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"Invalid '{path}': not valid base64.", param=path, code="invalid_base64") from error
     if raw.startswith(b"%PDF-"):
@@ -154,16 +168,16 @@ def _pdf_text(raw: bytes, path: str) -> str:
     if pypdf is None:
         raise UnsupportedItem(f"Unsupported '{path}': PDF needs the extra 'pdf' on this proxy.", param=path)
     try:
-        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(raw)).pages)
+        text = "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(raw)).pages)
     except Exception as error:  # a parser fed by strangers: the file is at fault
         raise InvalidRequest(f"Invalid '{path}': the PDF cannot be read.", param=path) from error
+    if not text.strip():
+        raise UnsupportedItem(f"Unsupported '{path}': the PDF holds no text (a scan?).", param=path)
+    return text.encode("utf-8", "replace").decode()
 
 
 def _audio_part(part: Json, path: str, dialect: Dialect) -> Json:
-    audio = part.get("input_audio")
-    if not isinstance(audio, dict):
-        raise MissingParameter(f"Missing required parameter: '{path}.input_audio'.", param=f"{path}.input_audio")
-    return {"type": "input_audio", "input_audio": audio}
+    return {"type": "input_audio", "input_audio": required(part, "input_audio", path, dict)}
 
 
 PARTS: dict[str, tuple[Callable[[Json, str, Dialect], Json], str]] = {
@@ -227,35 +241,51 @@ def _message(item: Json, at: At) -> list[Piece]:
     role = ROLES.get(str(item.get("role")))
     if role is None:
         raise InvalidRequest(
-            f"Invalid value at '{at.path}.role': {item.get('role')!r}. Supported values are: '{', '.join(ROLES)}'.",
+            f"Invalid value at '{at.path}.role': {item.get('role')!r}. "
+            f"Supported values are: {', '.join(map(repr, ROLES))}.",
             param=f"{at.path}.role",
             code="invalid_value",
         )
-    return [Said(role, _content(item, "content", at.path, at.dialect))]
+    content = _content(item, "content", at.path, at.dialect)
+    if role != "user" and not isinstance(content, str):
+        raise InvalidRequest(
+            f"Invalid '{at.path}.content': chat backends take nothing but text in {item['role']} messages.",
+            param=f"{at.path}.content",
+            code="invalid_value",
+        )
+    return [Said(role, content)]
 
 
 def _reasoning(item: Json, at: At) -> list[Piece]:
     """The text in `content` or `summary`; a sealed text of another server says nothing here and is skipped."""
-    parts = item.get("content") or item.get("summary") or ()
-    text = "\n\n".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
-    return [Thought(text, item.get("reasoning_details"))] if text or item.get("reasoning_details") else []
+    texts = [_joined(item, key, at) for key in ("content", "summary")]
+    text = texts[0] or texts[1]
+    details = optional(item, "reasoning_details", at.path, list)
+    return [Thought(text, details)] if text or details else []
+
+
+def _joined(item: Json, key: str, at: At) -> str:
+    parts = optional(item, key, at.path, list) or []
+    return "\n\n".join(
+        _part(part, f"{at.path}.{key}[{index}]", at.dialect).get("text", "") for index, part in enumerate(parts)
+    )
 
 
 def _called(item: Json, at: At, ref: ToolRef, arguments: str) -> list[Piece]:
-    call_id = _text_at(item, "id" if "call_id" not in item and ref.kind == "local_shell" else "call_id", at.path)
+    call_id = named(item, at.path, "id" if "call_id" not in item and ref.kind == "local_shell" else "call_id")
     cut = item.get("status") == "incomplete"
-    extra = item.get("extra_content")
-    return [Called(call_id, at.toolbox.name_of(ref), arguments, extra if isinstance(extra, dict) else None, cut)]
+    extra = optional(item, "extra_content", at.path, dict)
+    return [Called(call_id, at.toolbox.name_of(ref), arguments, extra, cut)]
 
 
 def _function_call(item: Json, at: At) -> list[Piece]:
-    ref = ToolRef("function", _text_at(item, "name", at.path), item.get("namespace") or None)
-    return _called(item, at, ref, valid_arguments(_text_at(item, "arguments", at.path)))
+    ref = ToolRef("function", named(item, at.path), optional(item, "namespace", at.path, str) or None)
+    return _called(item, at, ref, valid_arguments(required(item, "arguments", at.path, str)))
 
 
 def _custom_tool_call(item: Json, at: At) -> list[Piece]:
-    ref = ToolRef("custom", _text_at(item, "name", at.path), item.get("namespace") or None)
-    return _called(item, at, ref, dumps({"input": _text_at(item, "input", at.path)}))
+    ref = ToolRef("custom", named(item, at.path), optional(item, "namespace", at.path, str) or None)
+    return _called(item, at, ref, dumps({"input": required(item, "input", at.path, str)}))
 
 
 def _tool_search_call(item: Json, at: At) -> list[Piece]:
@@ -279,39 +309,42 @@ def _local_shell_call(item: Json, at: At) -> list[Piece]:
 
 def _output(item: Json, at: At) -> list[Piece]:
     content = _content(item, "output", at.path, at.dialect)
-    return [Returned(_text_at(item, "call_id", at.path), content)]
+    return [Returned(named(item, at.path, "call_id"), content)]
 
 
 def _tool_search_output(item: Json, at: At) -> list[Piece]:
     """The tools found are declared to the backend; the model is told their names."""
     if item.get("call_id") is None:
         return []
-    found = [str(t.get("name")) for t in item.get("tools") or () if isinstance(t, dict)]
-    return [Returned(str(item["call_id"]), f"Loaded tools: {', '.join(found) or 'none'}")]
+    found = [str(t.get("name")) for t in required(item, "tools", at.path, list) if isinstance(t, dict)]
+    return [Returned(named(item, at.path, "call_id"), f"Loaded tools: {', '.join(found) or 'none'}")]
 
 
 def _shell_call_output(item: Json, at: At) -> list[Piece]:
     output = item.get("output")
-    return [Returned(_text_at(item, "call_id", at.path), output if isinstance(output, str) else dumps(output))]
+    if not isinstance(output, str):
+        output = dumps(required(item, "output", at.path, list))
+    return [Returned(named(item, at.path, "call_id"), output)]
 
 
 def _apply_patch_call_output(item: Json, at: At) -> list[Piece]:
-    text = item.get("output") or str(item.get("status") or "completed")
-    return [Returned(_text_at(item, "call_id", at.path), str(text))]
+    text = optional(item, "output", at.path, str) or optional(item, "status", at.path, str) or "completed"
+    return [Returned(named(item, at.path, "call_id"), text)]
 
 
 def _local_shell_call_output(item: Json, at: At) -> list[Piece]:
     """Its `id` holds the id of the call. Source: LocalShellCallOutput."""
-    call_id = item.get("call_id") or _text_at(item, "id", at.path)
-    return [Returned(str(call_id), _text_at(item, "output", at.path))]
+    call_id = named(item, at.path, "call_id" if item.get("call_id") is not None else "id")
+    return [Returned(call_id, required(item, "output", at.path, str))]
 
 
 def _mcp_call(item: Json, at: At) -> list[Piece]:
     """A call that OpenAI's server made; to this backend it is a call and its output."""
-    call_id = _text_at(item, "id", at.path)
-    name = at.toolbox.name_of(ToolRef("function", str(item.get("name") or "mcp"), item.get("server_label") or None))
+    call_id = named(item, at.path, "id")
+    ref = ToolRef("function", named(item, at.path), optional(item, "server_label", at.path, str) or None)
+    name = at.toolbox.name_of(ref)
     output = item.get("output") or item.get("error") or ""
-    arguments = valid_arguments(str(item.get("arguments") or ""))
+    arguments = valid_arguments(optional(item, "arguments", at.path, str) or "")
     return [Called(call_id, name, arguments), Returned(call_id, output if isinstance(output, str) else dumps(output))]
 
 
@@ -375,6 +408,6 @@ ITEMS: dict[str, ItemType] = {
 def item_type(item: Json) -> str:
     """The type, also where the wire lets it be left out: messages have a role, references only an id."""
     kind = item.get("type")
-    if isinstance(kind, str):
-        return kind
+    if kind is not None:
+        return kind if isinstance(kind, str) else ""
     return "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and item.get("id") else ""

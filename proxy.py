@@ -13,15 +13,18 @@ import dataclasses
 import difflib
 import importlib.metadata
 import logging
+import math
 import os
 import re
+import signal
 import sys
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
@@ -44,6 +47,10 @@ ENV_PREFIX = "RESPONSES_PROXY_"
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
+# What the last event of a stream may take when the process is stopping.
+GOODBYE_S = 1.0
+# The request that a log line belongs to.
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -54,10 +61,10 @@ class ServerSettings:
     """The section `[server]`."""
 
     host: str = "127.0.0.1"
-    port: int = 8080
-    keepalive_s: float = 15.0
+    port: Annotated[int, msgspec.Meta(le=65535)] = 8080
+    keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 15.0
     shutdown_grace_s: float = 30.0
-    log_level: str = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 @dataclass(frozen=True)
@@ -102,24 +109,34 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
             else:
                 tables[section] = {**tables.get(section, {}), **values}
     sections = {name: _section(SECTIONS, name, table) for name, table in tables.items()}
-    found = tuple(_section(SECTIONS, "upstream", _named(table)) for table in upstreams)
-    return Settings(**sections, upstream=found)
+    return Settings(**sections, upstream=tuple(_upstream(table) for table in upstreams))
 
 
-def _named(table: Json) -> Json:
-    """A table with nothing but a URL is named after its host."""
-    if "name" in table or not str(table.get("base_url", "")).startswith("http"):
-        return table
-    return {"name": settings_for(table["base_url"]).name, **table}
+def _upstream(table: Json) -> UpstreamSettings:
+    """A table without a name is named after its host."""
+    settings: UpstreamSettings = _section(SECTIONS, "upstream", table)
+    try:
+        named = settings_for(settings.base_url)
+    except ValueError as error:
+        raise SettingsError(f"upstream.base_url: {error}: {settings.base_url!r}") from error
+    return settings if "name" in table else dataclasses.replace(settings, name=named.name)
 
 
 def _read_file(path: Path) -> Json:
     try:
-        return tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # neither TOML nor, perhaps, text
         raise SettingsError(f"{path}: {error}") from error
+    for name, table in tables.items():
+        if name not in SECTIONS:
+            raise SettingsError(_unknown("section", f"[{name}]", name, SECTIONS))
+        inner = table if name == "upstream" else [table]
+        if not isinstance(inner, list) or not all(isinstance(each, dict) for each in inner):
+            form = "[[upstream]]" if name == "upstream" else f"[{name}]"
+            raise SettingsError(f"{path}: '{name}' has to be a table: {form}")
+    return tables
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -142,9 +159,14 @@ def _section(sections: Mapping[str, type[Any]], name: str, table: Any) -> Any:
         if key not in known:
             raise SettingsError(_unknown("setting", f"{name}.{key}", key, known))
     try:
-        return msgspec.convert(table, cls, strict=False)
+        section = msgspec.convert(table, cls, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise SettingsError(f"[{name}]: {error}") from error
+    for key in known:
+        value = getattr(section, key)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise SettingsError(f"{name}.{key} has to be a number, 0 or more; got {value}")
+    return section
 
 
 def _unknown(what: str, shown: str, given: str, known: Any) -> str:
@@ -228,10 +250,21 @@ class EventStream:
         time_of = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
         async with contextlib.aclosing(self._turn.events()) as batches:
-            async for events in batches:
-                await send({"type": "http.response.body", "body": encode(events), "more_body": True})
-                self._sent_at = time_of()
+            try:
+                async for events in batches:
+                    await send({"type": "http.response.body", "body": encode(events), "more_body": True})
+                    self._sent_at = time_of()
+            except asyncio.CancelledError:
+                await self._say_goodbye(send)
+                raise
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _say_goodbye(self, send: Send) -> None:
+        """The terminal event of a stream that a stopping process has to leave; a client that is gone gets nothing."""
+        last = self._turn.fail(ProxyError("The proxy was stopped before the answer was finished."))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await send({"type": "http.response.body", "body": encode(last) + DONE, "more_body": False})
 
     async def _accompany(self, receive: Receive, send: Send) -> None:
         """Keeps a silent stream alive, and ends it when the client leaves."""
@@ -254,7 +287,7 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 def error_response(error: ProxyError) -> Response:
-    headers = {"retry-after": f"{error.retry_after_s:g}"} if error.retry_after_s is not None else None
+    headers = {"retry-after": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else None
     return json_response(error.to_wire(), error.http_status, headers)
 
 
@@ -273,17 +306,19 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
             raise _too_large(limit_bytes)
         if name == b"content-encoding" and value != b"identity":
             raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
-    body = b""
+    pieces: list[bytes] = []
+    size_bytes = 0
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body = body + message.get("body", b"") if body else message.get("body", b"")
-        if len(body) > limit_bytes:
+        pieces.append(message.get("body", b""))
+        size_bytes += len(pieces[-1])
+        if size_bytes > limit_bytes:
             raise _too_large(limit_bytes)
         more = message.get("more_body", False)
-    return body
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:
@@ -312,12 +347,12 @@ class Edge:
         limits = self._limits
         request = parse_request(parse_body(await read_body(scope, receive, limits.body_bytes), limits), limits)
         turn = await self._turns.prepare(request)
-        headers = []
-        if turn.ignored:
-            log.info("left out of %s: %s", scope["request_id"], ", ".join(turn.ignored))
-            headers.append(ignored_header(turn.ignored))
+        headers = [ignored_header(turn.ignored)] if turn.ignored else []
+        if headers:
+            log.info("left out of %s: %s", scope["request_id"], headers[0][1].decode())
         if request.stream:
-            await turn.accept()
+            async with Watched(receive):
+                await turn.accept()
             await EventStream(turn, headers, self._keepalive_s)(scope, receive, send)
         else:
             async with Watched(receive):
@@ -401,6 +436,7 @@ class Outermost:
             return
         request_id = scope["request_id"] = _request_id(scope) or self._new_id("req")
         scope["app"] = self  # the router raises its 404 and 405 only inside an application
+        REQUEST_ID.set(request_id)
         header = (b"x-request-id", request_id.encode())
         started = False
 
@@ -412,10 +448,12 @@ class Outermost:
             await send(message)
 
         try:
-            route = self._direct.get((scope["method"], scope["path"]), self._router)
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            route = self._direct.get((scope["method"], path), self._router)
             await route(scope, receive, send_with_id)
         except Exception as error:
-            if started:
+            if started:  # the server cuts the answer, and logs the exception
+                log.error("fault of this program in %s, after its answer began", request_id)
                 raise
             await response_to(error, request_id)(scope, receive, send_with_id)
 
@@ -551,25 +589,49 @@ def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Se
     return load_settings(Path(path) if path else None, environ, flags)
 
 
+class _NamesRequest(logging.Filter):
+    """Puts the request id on every log line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = REQUEST_ID.get()
+        return True
+
+
+def start_logging(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(_NamesRequest())
+    form = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, handlers=[handler])
+
+
+def server_config(settings: Settings) -> uvicorn.Config:
+    """How the program serves itself."""
+    return uvicorn.Config(
+        Application(lambda: settings),
+        host=settings.server.host,
+        port=settings.server.port,
+        log_level=settings.server.log_level,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(settings.server.shutdown_grace_s),
+    )
+
+
 def serve(settings: Settings) -> int:
     """Serves until a signal. Foreground turns get `shutdown_grace_s`."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            Application(lambda: settings),
-            host=settings.server.host,
-            port=settings.server.port,
-            log_level=settings.server.log_level,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            lifespan="on",
-            ws="none",
-            timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
-        )
-    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)  # the server raises the signal once more when it has stopped
+    server = uvicorn.Server(server_config(settings))
     server.run()
     return 0 if server.started else 1
+
+
+def _stop(number: int, frame: object) -> None:
+    sys.exit(0)
 
 
 async def check(settings: Settings) -> int:
@@ -606,9 +668,7 @@ def main(argv: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"responses-proxy: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    start_logging(settings.server.log_level)
     if args.command == "check":
         return asyncio.run(check(settings))
     return serve(settings)

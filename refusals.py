@@ -57,22 +57,22 @@ def error_fields(body: Any) -> Json:
 def refusal(status: int, body: Any, where: str) -> UpstreamError:
     """The failure that an error answer of a backend stands for."""
     fields = error_fields(body)
-    message, code = fields["message"][:2000], fields.get("code")
+    message, code, kind = fields["message"][:2000], str(fields.get("code")), str(fields.get("type"))
     said = f"Upstream '{where}' answered {status}: {message}" if message else f"Upstream '{where}' answered {status}."
     if status in (400, 413, 422, 500) and (
-        code in OVERFLOW_CODES or fields.get("type") in OVERFLOW_CODES or OVERFLOW_TEXT.search(message)
+        code in OVERFLOW_CODES or kind in OVERFLOW_CODES or OVERFLOW_TEXT.search(message)
     ):
         return WindowExceeded(said)
     if status == 500 and CLIENT_FAULT_TEXT.search(message):
         status = 400
-    elif status >= 500 and status not in LATER and status != 504:
+    elif status < 400 or (status >= 500 and status not in LATER and status != 504):
         status = 502
     param = fields.get("param")
     return UpstreamRefused(
         said,
         status=status,
         param=param if isinstance(param, str) else None,
-        code=code if isinstance(code, str) and not code.isdigit() else None,
+        code=code if isinstance(fields.get("code"), str) and not code.isdigit() else None,
     )
 
 
@@ -80,7 +80,7 @@ def _error_status(fields: Json) -> int:
     """The status that an error inside a 200 answer names."""
     for key in ("code", "http_status_code", "status"):
         value = fields.get(key)
-        if isinstance(value, int | str) and str(value).isdigit() and 400 <= int(value) <= 599:
+        if isinstance(value, int | str) and str(value).isdecimal() and 400 <= int(value) <= 599:
             return int(value)
     named = {"rate_limit_exceeded": 429, "insufficient_quota": 429, "context_length_exceeded": 400}
     return named.get(str(fields.get("code")), 500)
@@ -95,7 +95,7 @@ def raise_if_error(chunk: Json, where: str) -> None:
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """The seconds that a `Retry-After` header asks for; its date form is not read."""
     value = headers.get("Retry-After", "")
-    return float(value) if value.replace(".", "", 1).isdigit() else None
+    return float(value) if value.replace(".", "", 1).isdecimal() else None
 
 
 # -- another spelling --------------------------------------------------------------------------------------------------

@@ -190,19 +190,23 @@ def parse_request(body: Json, limits: RequestLimits) -> TurnRequest:
     """The validated request. Raises: InvalidRequest with the path of the first thing that is wrong."""
     if not body.get("model"):
         raise MissingParameter("Missing required parameter: 'model'.", param="model")
-    unused = tuple(sorted(name for name, value in body.items() if value is not None and _is_unused(name)))
     try:
-        request = msgspec.convert({**body, "unused": unused}, TurnRequest)
+        request = msgspec.convert({**body, "unused": tuple(_unused(body))}, TurnRequest)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise invalid(error) from error
     for check in CHECKS:
         check(request, limits)
     return request
 
 
-def _is_unused(name: str) -> bool:
-    field = REQUEST_FIELDS.get(name)
-    return field is None or field.fate == "left out"
+def _unused(body: Json) -> list[str]:
+    unknown = Field("left out", "")
+    names = [n for n, value in body.items() if value is not None and REQUEST_FIELDS.get(n, unknown).fate == "left out"]
+    for section, struct in (("reasoning", Reasoning), ("text", Text)):
+        inner = body.get(section)
+        if isinstance(inner, dict):
+            names += [f"{section}.{key}" for key in inner if key not in struct.__struct_fields__]
+    return sorted(names)
 
 
 def _depth(value: Any) -> int:
@@ -220,13 +224,26 @@ def _depth(value: Any) -> int:
 
 
 MSGSPEC_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+# How msgspec's words begin -> the live API's code; anything else is `invalid_type`.
+CODE_OF = {
+    "Expected `int` >=": "integer_below_min_value",
+    "Expected `int` <=": "integer_above_max_value",
+    "Expected `float` >=": "decimal_below_min_value",
+    "Expected `float` <=": "decimal_above_max_value",
+    "Expected `str` of length <=": "string_above_max_length",
+    "Expected `str` matching": "invalid_value",
+    "Invalid enum value": "invalid_value",
+    "Object missing required field": "missing_required_parameter",
+}
 
 
-def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
+def invalid(error: msgspec.ValidationError, parent: str = "") -> InvalidRequest:
+    """What msgspec found wrong, with its path below `parent`."""
     found = MSGSPEC_PATH.match(str(error))
-    what, path = (found["what"], found["path"]) if found else (str(error), None)
-    code = "integer_below_min_value" if path in ("max_output_tokens", "max_tool_calls") and ">=" in what else None
-    return InvalidRequest(f"Invalid '{path}': {what}." if path else f"{what}.", param=path, code=code or "invalid_type")
+    what, inner = (found["what"], found["path"] or "") if found else (str(error), "")
+    path = ".".join(name for name in (parent, inner) if name)
+    code = next((code for words, code in CODE_OF.items() if what.startswith(words)), "invalid_type")
+    return InvalidRequest(f"Invalid '{path}': {what}." if path else f"{what}.", param=path or None, code=code)
 
 
 def _check_input(request: TurnRequest, limits: RequestLimits) -> None:
@@ -235,13 +252,9 @@ def _check_input(request: TurnRequest, limits: RequestLimits) -> None:
             "One of \"input\" or \"previous_response_id\" or 'prompt' or 'conversation_id' must be provided.",
             param="input",
         )
-    if len(request.items) > limits.items:
-        raise InvalidRequest(f"Invalid 'input': more than {limits.items} items.", param="input")
-
-
-def _check_tools(request: TurnRequest, limits: RequestLimits) -> None:
-    if len(request.tools or ()) > limits.tools:
-        raise InvalidRequest(f"Invalid 'tools': more than {limits.tools} tools.", param="tools")
+    for name, held, limit in (("input", request.items, limits.items), ("tools", request.tools or (), limits.tools)):
+        if len(held) > limit:
+            raise InvalidRequest(f"Invalid '{name}': more than {limit} elements.", param=name)
 
 
 def _check_metadata(request: TurnRequest, limits: RequestLimits) -> None:
@@ -256,12 +269,14 @@ def _check_metadata(request: TurnRequest, limits: RequestLimits) -> None:
             )
 
 
-def _check_format(request: TurnRequest, limits: RequestLimits) -> None:
-    text_format = request.text and request.text.format
+def check_format(text: Text | None, path: str) -> None:
+    """Raises: MissingParameter for a JSON schema without its name or the schema itself."""
+    text_format = text and text.format
     if text_format and text_format.type == "json_schema":
         for key in ("name", "schema"):
             if getattr(text_format, key) is None:
-                raise MissingParameter(f"Missing required parameter: 'text.format.{key}'.", param=f"text.format.{key}")
+                at = f"{path}.format.{key}"
+                raise MissingParameter(f"Missing required parameter: '{at}'.", param=at)
 
 
 def _check_stream_options(request: TurnRequest, limits: RequestLimits) -> None:
@@ -288,6 +303,21 @@ def _check_exclusive(request: TurnRequest, limits: RequestLimits) -> None:
         )
 
 
+ID_PREFIXES = {"previous_response_id": "resp", "conversation": "conv_"}
+
+
+def _check_ids(request: TurnRequest, limits: RequestLimits) -> None:
+    for name, prefix in ID_PREFIXES.items():
+        value = getattr(request, name)
+        given = value.get("id") if isinstance(value, dict) else value
+        if value is not None and not str(given).startswith(prefix):
+            raise InvalidRequest(
+                f"Invalid '{name}': {str(given)[:64]!r}. Expected an ID that begins with '{prefix}'.",
+                param=name,
+                code="invalid_id_prefix",
+            )
+
+
 def _check_stored(request: TurnRequest, limits: RequestLimits) -> None:
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(request, name):
@@ -300,12 +330,12 @@ def _check_stored(request: TurnRequest, limits: RequestLimits) -> None:
 
 CHECKS = (
     _check_input,
-    _check_tools,
     _check_metadata,
-    _check_format,
+    lambda request, limits: check_format(request.text, "text"),
     _check_stream_options,
     _check_prompt,
     _check_exclusive,
+    _check_ids,
     _check_stored,
 )
 
@@ -326,6 +356,7 @@ def echo(request: TurnRequest) -> Json:
         "presence_penalty": request.presence_penalty or 0.0,
         "previous_response_id": request.previous_response_id,
         "prompt_cache_key": request.prompt_cache_key,
+        "prompt_cache_retention": request.prompt_cache_retention and request.prompt_cache_retention.replace("-", "_"),
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary or reasoning.generate_summary},
         "safety_identifier": request.safety_identifier,
         "service_tier": request.service_tier or "auto",

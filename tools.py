@@ -11,16 +11,18 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from errors import InvalidRequest, MissingParameter, UnsupportedItem
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+KIND_NAMES: dict[type, str] = {str: "a string", dict: "an object", list: "an array", bool: "a boolean"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,50 +89,72 @@ def resolve(refs: dict[str, ToolRef], name: str) -> ToolRef:
 Declared = Iterator[tuple[ToolRef, Json]]
 
 
-def _required(tool: Json, key: str, path: str) -> str:
-    value = tool.get(key)
-    if not isinstance(value, str) or not value:
+def optional(value: Json, key: str, path: str, kind: type[T]) -> T | None:
+    """A value of one JSON type, or None where it is null or absent. Raises: InvalidRequest."""
+    found = value.get(key)
+    if found is not None and not isinstance(found, kind):
+        at = f"{path}.{key}"
+        raise InvalidRequest(f"Invalid '{at}': expected {KIND_NAMES[kind]}.", param=at, code="invalid_type")
+    return found
+
+
+def required(value: Json, key: str, path: str, kind: type[T]) -> T:
+    """A value of one JSON type. Raises: MissingParameter, InvalidRequest."""
+    found = optional(value, key, path, kind)
+    if found is None:
         raise MissingParameter(f"Missing required parameter: '{path}.{key}'.", param=f"{path}.{key}")
-    return value
+    return found
 
 
-def _described(tool: Json, default: str = "") -> Json:
-    description = tool.get("description") or default
-    return {"description": description} if isinstance(description, str) and description else {}
+def named(value: Json, path: str, key: str = "name") -> str:
+    """A string that is not empty. Raises: MissingParameter, InvalidRequest."""
+    if not (name := required(value, key, path, str)):
+        raise InvalidRequest(f"Invalid '{path}.{key}': empty string.", param=f"{path}.{key}", code="invalid_value")
+    return name
+
+
+def _described(tool: Json, path: str, default: str = "") -> Json:
+    description = optional(tool, "description", path, str) or default
+    return {"description": description} if description else {}
 
 
 def _schema(tool: Json, path: str) -> Json:
-    parameters = tool.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise InvalidRequest(f"Invalid '{path}.parameters': expected an object.", param=f"{path}.parameters")
-    return parameters or EMPTY_SCHEMA
+    return optional(tool, "parameters", path, dict) or EMPTY_SCHEMA
 
 
 def _function(tool: Json, path: str, namespace: str | None) -> Declared:
-    function = {**_described(tool), "parameters": _schema(tool, path)}
-    if isinstance(tool.get("strict"), bool):
-        function["strict"] = tool["strict"]
-    yield ToolRef("function", _required(tool, "name", path), namespace), function
+    name = named(tool, path)
+    function = {**_described(tool, path), "parameters": _schema(tool, path)}
+    strict = optional(tool, "strict", path, bool)
+    if strict is not None:
+        function["strict"] = strict
+    yield ToolRef("function", name, namespace), function
 
 
 def _custom(tool: Json, path: str, namespace: str | None) -> Declared:
     """One string of free text; a grammar cannot be enforced, so the model is told it."""
-    text = tool.get("description") or ""
-    form = tool.get("format") or {}
+    text = optional(tool, "description", path, str) or ""
+    form = optional(tool, "format", path, dict) or {"type": "text"}
+    at = f"{path}.format"
     if form.get("type") == "grammar":
-        text = f"{text}\n\nThe input must match this {form.get('syntax')} grammar:\n{form.get('definition')}".strip()
+        syntax, definition = named(form, at, "syntax"), named(form, at, "definition")
+        text = f"{text}\n\nThe input must match this {syntax} grammar:\n{definition}".strip()
+    elif form.get("type") != "text":
+        raise UnsupportedItem(f"Invalid value at '{at}.type': expected 'text' or 'grammar'.", param=f"{at}.type")
     schema = {
         "type": "object",
         "properties": {"input": {"type": "string", "description": "The whole input of the tool, as plain text."}},
         "required": ["input"],
     }
-    ref = ToolRef("custom", _required(tool, "name", path), namespace)
-    yield ref, {**_described({"description": text}), "parameters": schema}
+    described = {"description": text} if text else {}
+    yield ToolRef("custom", named(tool, path), namespace), {**described, "parameters": schema}
 
 
 def _namespace(tool: Json, path: str, namespace: str | None) -> Declared:
-    name = _required(tool, "name", path)
-    for index, inner in enumerate(tool.get("tools") or ()):
+    name = named(tool, path)
+    for index, inner in enumerate(required(tool, "tools", path, list)):
+        if inner is DEFERRED:
+            continue
         inner_path = f"{path}.tools[{index}]"
         if not isinstance(inner, dict) or inner.get("type") not in ("function", "custom"):
             raise UnsupportedItem(
@@ -143,10 +167,11 @@ def _namespace(tool: Json, path: str, namespace: str | None) -> Declared:
 def _tool_search(tool: Json, path: str, namespace: str | None) -> Declared:
     """Client execution is a function; on the server's side every tool is loaded from the start, so none is needed."""
     if tool.get("execution") == "client":
-        described = _described(tool, "Search for tools that are not loaded yet, and load them.")
+        described = _described(tool, path, "Search for tools that are not loaded yet, and load them.")
         yield ToolRef("tool_search", "tool_search"), {**described, "parameters": _schema(tool, path)}
 
 
+INTEGER: Json = {"type": "integer"}
 STRINGS: Json = {"type": "array", "items": {"type": "string"}}
 FIXED_FUNCTIONS: dict[str, Json] = {
     "apply_patch": {
@@ -165,11 +190,7 @@ FIXED_FUNCTIONS: dict[str, Json] = {
         "description": "Run shell commands, one after another, and return their output.",
         "parameters": {
             "type": "object",
-            "properties": {
-                "commands": STRINGS,
-                "timeout_ms": {"type": "integer"},
-                "max_output_length": {"type": "integer"},
-            },
+            "properties": {"commands": STRINGS, "timeout_ms": INTEGER, "max_output_length": INTEGER},
             "required": ["commands"],
         },
     },
@@ -177,11 +198,7 @@ FIXED_FUNCTIONS: dict[str, Json] = {
         "description": "Run one command, given as a list of arguments, and return its output.",
         "parameters": {
             "type": "object",
-            "properties": {
-                "command": STRINGS,
-                "working_directory": {"type": "string"},
-                "timeout_ms": {"type": "integer"},
-            },
+            "properties": {"command": STRINGS, "working_directory": {"type": "string"}, "timeout_ms": INTEGER},
             "required": ["command"],
         },
     },
@@ -191,6 +208,10 @@ FIXED_FUNCTIONS: dict[str, Json] = {
 def _fixed(tool: Json, path: str, namespace: str | None) -> Declared:
     kind = tool["type"]
     yield ToolRef(kind, kind), FIXED_FUNCTIONS[kind]
+
+
+# Stands in a namespace for a tool that waits for a search, so that the paths of its neighbours stay true.
+DEFERRED: Json = {}
 
 
 def _nothing(tool: Json, path: str, namespace: str | None) -> Declared:
@@ -206,27 +227,32 @@ class ToolType:
     left_out: bool = False
 
 
+HOSTED_TOOLS = (
+    "file_search",
+    "web_search",
+    "web_search_2025_08_26",
+    "web_search_preview",
+    "web_search_preview_2025_03_11",
+    "computer",
+    "computer_use_preview",
+    "code_interpreter",
+    "image_generation",
+    "mcp",
+    "programmatic_tool_calling",
+)
 HOSTED = ToolType(_nothing, "hosted at OpenAI: left out and named", left_out=True)
 
 TOOLS: dict[str, ToolType] = {
     "function": ToolType(_function, "a function"),
     "custom": ToolType(_custom, "a function with one string; comes back as `custom_tool_call`"),
-    "namespace": ToolType(_namespace, "its tools as `namespace__name`; calls come back with `namespace`"),
+    "namespace": ToolType(
+        _namespace, "its tools as `namespace__name`, without its description; calls come back with `namespace`"
+    ),
     "tool_search": ToolType(_tool_search, "client execution: a function; server execution: all tools are loaded"),
     "apply_patch": ToolType(_fixed, "a function; comes back as `apply_patch_call`"),
     "shell": ToolType(_fixed, "a function; comes back as `shell_call`"),
     "local_shell": ToolType(_fixed, "a function; comes back as `local_shell_call`"),
-    "file_search": HOSTED,
-    "web_search": HOSTED,
-    "web_search_2025_08_26": HOSTED,
-    "web_search_preview": HOSTED,
-    "web_search_preview_2025_03_11": HOSTED,
-    "computer": HOSTED,
-    "computer_use_preview": HOSTED,
-    "code_interpreter": HOSTED,
-    "image_generation": HOSTED,
-    "mcp": HOSTED,
-    "programmatic_tool_calling": HOSTED,
+    **dict.fromkeys(HOSTED_TOOLS, HOSTED),
 }
 
 
@@ -237,23 +263,28 @@ def declare_tools(toolbox: Toolbox, tools: list[Json], path: str, *, skip_deferr
     """
     for index, tool in enumerate(tools):
         at = f"{path}[{index}]"
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        row = TOOLS.get(kind) if isinstance(kind, str) else None
-        if row is None:
-            raise UnsupportedItem(f"Invalid value at '{at}.type': {kind!r} is not a tool type.", param=f"{at}.type")
+        kind, row = _row(tool, at)
         if row.left_out:
             toolbox.left_out.append(f"{at}.type={kind}")
         if skip_deferred and tool.get("defer_loading"):
             continue
-        for ref, function in row.declare(_loaded(tool) if skip_deferred else tool, at, None):
+        for ref, function in row.declare(_loaded(tool, at) if skip_deferred else tool, at, None):
             toolbox.add(ref, function)
 
 
-def _loaded(tool: Json) -> Json:
+def _row(tool: Any, path: str) -> tuple[str, ToolType]:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    row = TOOLS.get(kind) if isinstance(kind, str) else None
+    if row is None:
+        raise UnsupportedItem(f"Invalid value at '{path}.type': {kind!r} is not a tool type.", param=f"{path}.type")
+    return str(kind), row
+
+
+def _loaded(tool: Json, path: str) -> Json:
     if tool.get("type") != "namespace":
         return tool
-    inner = tool.get("tools") or ()
-    return {**tool, "tools": [t for t in inner if not (isinstance(t, dict) and t.get("defer_loading"))]}
+    inner = required(tool, "tools", path, list)
+    return {**tool, "tools": [DEFERRED if isinstance(t, dict) and t.get("defer_loading") else t for t in inner]}
 
 
 def searches_on_client(tools: list[Json]) -> bool:
@@ -269,7 +300,7 @@ class Choice:
 
     mode: str
     only: tuple[str, ...] | None = None
-    left_out: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def _choose_named(choice: Json, toolbox: Toolbox) -> Choice:
@@ -278,11 +309,12 @@ def _choose_named(choice: Json, toolbox: Toolbox) -> Choice:
 
 def _chosen(choice: Json, toolbox: Toolbox, path: str) -> str:
     kind = choice["type"]
-    ref = ToolRef(kind, choice.get("name") or kind, choice.get("namespace"))
+    name = named(choice, path) if kind in ("function", "custom") else kind
+    ref = ToolRef(kind, name, optional(choice, "namespace", path, str) or None)
     if ref not in toolbox.names:
         same = [r for r in toolbox.names if r.kind == kind and r.name == ref.name]
         if len(same) != 1:
-            raise InvalidRequest(f"Tool choice '{ref.name}' not found in 'tools' parameter.", param=path)
+            raise _not_found(ref.name, path)
         ref = same[0]
     return toolbox.names[ref]
 
@@ -292,41 +324,41 @@ def _choose_allowed(choice: Json, toolbox: Toolbox) -> Choice:
     if mode not in ("auto", "required"):
         raise InvalidRequest("Invalid 'tool_choice.mode': expected 'auto' or 'required'.", param="tool_choice.mode")
     only: list[str] = []
-    for index, tool in enumerate(choice.get("tools") or ()):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if kind in CALL_ITEMS:
-            only.append(_chosen(tool, toolbox, f"tool_choice.tools[{index}]"))
-        elif kind == "namespace":
-            only += [name for ref, name in toolbox.names.items() if ref.namespace == tool.get("name")]
-    return Choice(mode, tuple(only))
+    left_out: list[str] = []
+    for index, tool in enumerate(required(choice, "tools", "tool_choice", list)):
+        path = f"tool_choice.tools[{index}]"
+        kind, row = _row(tool, path)
+        if row.left_out:
+            left_out.append(f"{path}.type={kind}")
+        else:
+            only += _allowed(tool, toolbox, path)
+    return Choice(mode, tuple(only), tuple(left_out))
+
+
+def _allowed(tool: Json, toolbox: Toolbox, path: str) -> list[str]:
+    if tool["type"] != "namespace":
+        return [_chosen(tool, toolbox, path)]
+    namespace = named(tool, path)
+    if not (found := [name for ref, name in toolbox.names.items() if ref.namespace == namespace]):
+        raise _not_found(namespace, path)
+    return found
+
+
+def _not_found(name: str, path: str) -> InvalidRequest:
+    return InvalidRequest(f"Tool choice '{name}' not found in 'tools' parameter.", param=path)
 
 
 def _choose_hosted(choice: Json, toolbox: Toolbox) -> Choice:
-    return Choice("auto", left_out=f"tool_choice.type={choice['type']}")
+    return Choice("auto", left_out=(f"tool_choice.type={choice['type']}",))
 
 
 TOOL_CHOICES: dict[str, tuple[Callable[[Json, Toolbox], Choice], str]] = {
-    "function": (_choose_named, "only that tool is sent, and required"),
-    "custom": (_choose_named, "only that tool is sent, and required"),
-    "apply_patch": (_choose_named, "only that tool is sent, and required"),
-    "shell": (_choose_named, "only that tool is sent, and required"),
-    "local_shell": (_choose_named, "only that tool is sent, and required"),
-    "allowed_tools": (_choose_allowed, "only those tools are sent"),
     **dict.fromkeys(
-        (
-            "file_search",
-            "web_search_preview",
-            "web_search_preview_2025_03_11",
-            "computer",
-            "computer_use",
-            "computer_use_preview",
-            "image_generation",
-            "code_interpreter",
-            "mcp",
-            "programmatic_tool_calling",
-        ),
-        (_choose_hosted, "hosted at OpenAI: left out and named"),
+        ("function", "custom", "apply_patch", "shell", "local_shell"),
+        (_choose_named, "only that tool is sent, and required"),
     ),
+    "allowed_tools": (_choose_allowed, "only those tools are sent"),
+    **dict.fromkeys((*HOSTED_TOOLS, "computer_use"), (_choose_hosted, "hosted at OpenAI: left out and named")),
 }
 MODES = ("none", "auto", "required")
 
@@ -385,11 +417,8 @@ def is_object(arguments: str) -> bool:
 
 
 def _parsed(arguments: str) -> Json:
-    try:
-        value = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    value: Json = orjson.loads(arguments) if is_object(arguments) else {}
+    return value
 
 
 def _function_call(ref: ToolRef, arguments: str) -> Json:

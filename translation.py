@@ -7,14 +7,17 @@ exact prefix of the next turn's.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from dialects import Dialect
-from errors import InvalidRequest, MissingParameter, UnsupportedItem
+from errors import InvalidRequest, UnsupportedItem
 from items import ITEMS, At, Called, Content, Piece, Returned, Thought, item_type
-from request import TurnRequest
-from tools import Toolbox, ToolRef, choose_tools, declare_tools, searches_on_client
+from request import Reasoning, Text, TurnRequest, check_format, invalid
+from tools import Toolbox, ToolRef, choose_tools, declare_tools, required, searches_on_client
 
 Json = dict[str, Any]
 
@@ -74,7 +77,8 @@ class _Grouping:
         elif isinstance(piece, Called):
             self._take_call(piece)
         elif isinstance(piece, Returned):
-            self.flush()
+            if self._open.text or self._open.calls:
+                self.flush()
         elif piece.role == "assistant" and isinstance(piece.content, str):
             self._take_text(piece.content)
         else:
@@ -167,21 +171,25 @@ def _late_system(message: Json, dialect: Dialect) -> Json:
 
 
 def merge_neighbours(messages: list[Json]) -> list[Json]:
-    """Two neighbours of one role become one message, where both are plain text without calls."""
+    """Two neighbours of one role become one message; each tool message stays for itself."""
     merged: list[Json] = []
     for message in messages:
         last = merged[-1] if merged else None
-        if last and _mergeable(last, message):
-            merged[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        if last and last["role"] == message["role"] != "tool":
+            merged[-1] = {**last, **message, "content": _joined(last["content"], message["content"])}
         else:
             merged.append(message)
     return merged
 
 
-def _mergeable(first: Json, second: Json) -> bool:
-    if first["role"] != second["role"] or first["role"] == "tool":
-        return False
-    return all(isinstance(m["content"], str) and "tool_calls" not in m for m in (first, second))
+def _joined(first: Content, second: Content) -> Content:
+    if isinstance(first, str) and isinstance(second, str):
+        return "\n\n".join(text for text in (first, second) if text)
+    return [*_parts(first), *_parts(second)]
+
+
+def _parts(content: Content) -> list[Json]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def part_user_from_tool(messages: list[Json]) -> list[Json]:
@@ -224,10 +232,37 @@ def render(request: TurnRequest, items: list[Json], dialect: Dialect, model: str
     body: Json = {"model": model, "messages": messages}
     ignored += left_out + toolbox.left_out
     ignored += _add_tools(body, request, toolbox, dialect)
+    effective = configured(request, items)
     for add in (_add_sampling, _add_logprobs, _add_modes, _add_format, _add_effort):
-        ignored += add(body, request, items, dialect)
+        ignored += add(body, effective, dialect)
     call_ids = frozenset(piece.call_id for piece in pieces if isinstance(piece, Called))
     return Rendered(body, toolbox.refs, call_ids, tuple(ignored))
+
+
+class ConfigurationUpdate(msgspec.Struct, frozen=True):
+    """What a `configuration_update` item may change. Source: ResponseConfigurationUpdateItemParam."""
+
+    reasoning: Reasoning | None = None
+    text: Text | None = None
+
+
+def configured(request: TurnRequest, items: list[Json]) -> TurnRequest:
+    """The request with the newest word of the `configuration_update` items. Raises: InvalidRequest."""
+    text, reasoning = request.text or Text(), request.reasoning or Reasoning()
+    for index, item in enumerate(items):
+        if item.get("type") != "configuration_update":
+            continue
+        path = f"input[{index}]"
+        try:
+            update = msgspec.convert(item, ConfigurationUpdate)
+        except msgspec.ValidationError as error:
+            raise invalid(error, path) from error
+        check_format(update.text, f"{path}.text")
+        if update.text and update.text.format:
+            text = msgspec.structs.replace(text, format=update.text.format)
+        if update.reasoning and update.reasoning.effort:
+            reasoning = msgspec.structs.replace(reasoning, effort=update.reasoning.effort)
+    return msgspec.structs.replace(request, text=text, reasoning=reasoning)
 
 
 def has_files(request: TurnRequest) -> bool:
@@ -245,14 +280,14 @@ def has_files(request: TurnRequest) -> bool:
 def _toolbox(request: TurnRequest, items: list[Json]) -> Toolbox:
     toolbox = Toolbox()
     tools = request.tools or []
-    declare_tools(toolbox, tools, "tools", skip_deferred=searches_on_client(tools))
+    searching = searches_on_client(tools)
+    declare_tools(toolbox, tools, "tools", skip_deferred=searching)
     for index, item in enumerate(items):
         if item.get("type") in ("additional_tools", "tool_search_output"):
-            found = item.get("tools")
-            if not isinstance(found, list):
-                raise MissingParameter(f"Missing required parameter: 'input[{index}].tools'.", param=f"input[{index}]")
-            deferred = item["type"] == "additional_tools" and searches_on_client(found)
-            declare_tools(toolbox, found, f"input[{index}].tools", skip_deferred=deferred)
+            found = required(item, "tools", f"input[{index}]", list)
+            searching = searching or searches_on_client(found)
+            waiting = searching and item["type"] == "additional_tools"
+            declare_tools(toolbox, found, f"input[{index}].tools", skip_deferred=waiting)
     return toolbox
 
 
@@ -276,7 +311,7 @@ def _pieces(items: list[Json], dialect: Dialect, toolbox: Toolbox) -> tuple[list
 def _add_tools(body: Json, request: TurnRequest, toolbox: Toolbox, dialect: Dialect) -> list[str]:
     """Tools, choice and parallel calls. None of the three is sent when no tool is left: vLLM refuses them."""
     choice = choose_tools(request.tool_choice, toolbox)
-    ignored = [choice.left_out] if choice.left_out else []
+    ignored = [*choice.left_out]
     names = [n for n in toolbox.functions if choice.only is None or n in choice.only]
     if not names or (choice.mode == "none" and dialect.tool_choice == "ignored"):
         return ignored + (["tool_choice"] if choice.mode == "required" and not choice.left_out else [])
@@ -302,7 +337,7 @@ def _chat_choice(mode: str, only: list[str], dialect: Dialect) -> str | Json:
     return dialect.required_word if mode == "required" else mode
 
 
-def _add_sampling(body: Json, request: TurnRequest, items: list[Json], dialect: Dialect) -> list[str]:
+def _add_sampling(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
     """Only what the client set: a null is an error on some backends."""
     ignored = []
     for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
@@ -318,7 +353,7 @@ def _add_sampling(body: Json, request: TurnRequest, items: list[Json], dialect: 
     return ignored
 
 
-def _add_logprobs(body: Json, request: TurnRequest, items: list[Json], dialect: Dialect) -> list[str]:
+def _add_logprobs(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
     """`top_logprobs` without `logprobs` is an error on vLLM and llama.cpp, so neither goes out unless asked for."""
     if not request.wants_logprobs:
         return []
@@ -330,14 +365,21 @@ def _add_logprobs(body: Json, request: TurnRequest, items: list[Json], dialect: 
     return []
 
 
-def _add_modes(body: Json, request: TurnRequest, items: list[Json], dialect: Dialect) -> list[str]:
+# Settings that would change something, and that nothing here can honour yet: named when they are asked for.
+UNHONOURED: tuple[tuple[str, Callable[[TurnRequest], Any]], ...] = (
+    ("store", lambda request: request.store),
+    ("truncation", lambda request: request.truncation == "auto"),
+    ("include=reasoning.encrypted_content", lambda request: "reasoning.encrypted_content" in (request.include or ())),
+    ("reasoning.mode", lambda request: request.reasoning and request.reasoning.mode),
+    ("reasoning.context", lambda request: request.reasoning and request.reasoning.context == "current_turn"),
+)
+
+
+def _add_modes(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
     ignored = []
     if request.service_tier not in (None, "auto", "default"):
         ignored += _put(body, "service_tier", request.service_tier, dialect.service_tier)
-    if request.truncation == "auto":
-        ignored.append("truncation")
-    if request.reasoning and request.reasoning.mode:
-        ignored.append("reasoning.mode")
+    ignored += [name for name, is_asked in UNHONOURED if is_asked(request)]
     return ignored
 
 
@@ -348,40 +390,26 @@ def _put(body: Json, name: str, value: Any, known: bool) -> list[str]:
     return [name]
 
 
-def _configured(items: list[Json], section: str, key: str) -> Any:
-    """The newest `configuration_update` item's word on a setting, or None."""
-    for item in reversed(items):
-        if item.get("type") == "configuration_update" and isinstance(item.get(section), dict):
-            return item[section].get(key)
-    return None
-
-
-def _add_format(body: Json, request: TurnRequest, items: list[Json], dialect: Dialect) -> list[str]:
+def _add_format(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
     """`text.format` is flat here and nested in chat."""
     ignored = []
     text = request.text
     if text and text.verbosity:
-        ignored += _put(body, "verbosity", text.verbosity, dialect.verbosity)
-        ignored = ["text.verbosity" for _ in ignored]
-    form = _configured(items, "text", "format") or (text and text.format and _format_fields(text.format))
-    if not form or form.get("type") == "text":
+        ignored += ["text.verbosity" for _ in _put(body, "verbosity", text.verbosity, dialect.verbosity)]
+    form = text and text.format
+    if not form or form.type == "text":
         return ignored
     if not dialect.response_format or ("tools" in body and not dialect.response_format_with_tools):
         return [*ignored, "text.format"]
-    kind = form["type"]
-    body["response_format"] = {"type": kind}
-    if kind == "json_schema":
-        body["response_format"]["json_schema"] = {k: v for k, v in form.items() if k != "type" and v is not None}
+    body["response_format"] = {"type": form.type}
+    if form.type == "json_schema":
+        given = {name: getattr(form, name) for name in ("name", "description", "schema", "strict")}
+        body["response_format"]["json_schema"] = {name: value for name, value in given.items() if value is not None}
     return ignored
 
 
-def _format_fields(form: Any) -> Json:
-    names = ("type", "name", "description", "schema", "strict")
-    return {name: value for name in names if (value := getattr(form, name)) is not None}
-
-
-def _add_effort(body: Json, request: TurnRequest, items: list[Json], dialect: Dialect) -> list[str]:
-    effort = _configured(items, "reasoning", "effort") or (request.reasoning and request.reasoning.effort)
+def _add_effort(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
+    effort = request.reasoning and request.reasoning.effort
     if not effort:
         return []
     if dialect.effort == "template":

@@ -6,8 +6,9 @@ May not know the HTTP framework. The clock and ids are handed in.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import orjson
@@ -104,6 +105,7 @@ class Turn:
         self._machine = machine
         self._settings = settings
         self._accepting: asyncio.Task[ChatStream] | None = None
+        self._is_told = False
 
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError."""
@@ -127,22 +129,21 @@ class Turn:
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of an accepted turn in batches; the last one is terminal, whatever happens."""
-        machine = self._machine
         try:
-            yield machine.start()
-            try:
-                async for batch in self._answer():
+            yield self._machine.start()
+            async with contextlib.aclosing(self._answer()) as batches:
+                async for batch in batches:
                     yield batch
-            except ProxyError as error:
-                log.warning("turn failed: %s", error.message)
-                yield machine.fail(error)
-            except Exception:
-                log.exception("turn failed on a fault of this proxy")
-                yield machine.fail(ProxyError("The proxy failed while it translated the answer."))
+        except ProxyError as error:
+            log.warning("turn failed: %s", error.message)
+            yield self.fail(error)
+        except Exception:
+            log.exception("turn failed on a fault of this proxy")
+            yield self.fail(ProxyError("The proxy failed while it translated the answer."))
         finally:
             await self.close()
 
-    async def _answer(self) -> AsyncIterator[list[Event]]:
+    async def _answer(self) -> AsyncGenerator[list[Event], None]:
         assert self._accepting is not None
         machine = self._machine
         stream = await self._accepting
@@ -154,8 +155,16 @@ class Turn:
                 yield events
         if not stream.done and not machine.ended:
             raise UpstreamBroken("The backend closed its stream before the answer was finished.")
-        closing = machine.close()
-        yield closing + machine.finish()
+        last = machine.close() + machine.finish()
+        self._is_told = True
+        yield last
+
+    def fail(self, error: ProxyError) -> list[Event]:
+        """The terminal event of a turn that cannot go on; nothing when one was given before."""
+        if self._is_told:
+            return []
+        self._is_told = True
+        return self._machine.fail(error)
 
     async def close(self) -> None:
         """Lets go of the backend; one that is still generating sees its request closed."""

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import aiohttp
 import orjson
+from multidict import CIMultiDict
 from yarl import URL
 
 import dialects
 from dialects import Dialect
-from errors import ProxyError, UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 from refusals import LATER, NEVER_LATER_CODES, mended, raise_if_error, refusal, retry_after_s
 
 Json = dict[str, Any]
@@ -33,6 +34,8 @@ DETECTION_WAIT_S = 0.1
 DETECTION_PAUSE_S = 10.0
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.
 DRAIN_S = 0.1
+# Timers are not set closer together than this.
+TIMER_STEP_S = 0.01
 # The largest part of an error body that is read.
 ERROR_BODY_BYTES = 64 * 1024
 
@@ -71,7 +74,8 @@ class UpstreamSettings:
 class SSEDecoder:
     """Splits bytes into the payloads of server-sent events; reads may end anywhere.
 
-    Takes CRLF, data without a space, data over several lines and `event:` lines; drops comments.
+    Takes CRLF, data without a space and data over several lines; drops comments. Of event names only `error` matters:
+    its payload becomes an error object if it is none. A JSON body that is no stream at all is one payload.
     Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
 
@@ -88,15 +92,18 @@ class SSEDecoder:
 
     def flush(self) -> list[bytes]:
         """The payload of a last event that no empty line followed."""
-        rest, self._rest = self._rest, b""
-        return [payload] if (payload := _payload(rest.rstrip(b"\r\n"))) else []
+        rest, self._rest = self._rest.strip(), b""
+        payload = rest if rest.startswith(b"{") else _payload(rest)
+        return [payload] if payload else []
 
 
 def _payload(block: bytes) -> bytes:
     if block.startswith(b"data: ") and b"\n" not in block:
-        return block[6:]
-    lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-    return b"\n".join(lines).strip()
+        return block[6:].strip()
+    lines = block.split(b"\n")
+    payload = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")).strip()
+    is_error = any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines)
+    return b'{"error":%b}' % payload if payload and is_error and b'"error"' not in payload else payload
 
 
 # -- one answer being streamed -----------------------------------------------------------------------------------------
@@ -114,33 +121,42 @@ class ChatStream:
         self._settings = settings
         self._decoder = SSEDecoder()
         self._loop = asyncio.get_running_loop()
-        self._started_at = self._heard_at = self._loop.time()
+        self._heard_at = self._loop.time()
+        self._total_ends_at = self._heard_at + settings.total_timeout_s
+        self._silence_s = settings.first_byte_timeout_s
+        self._failure: UpstreamError | None = None
         self._timed_out: str | None = None
-        self._timer = self._loop.call_later(settings.idle_timeout_s, self._check_silence)
+        self._timer = self._next_check()
 
     async def __aiter__(self) -> AsyncIterator[list[Json]]:
         try:
             async for data in self._answer.content.iter_any():
                 if chunks := self._chunks(self._decoder.feed(data)):
-                    self._heard_at = self._loop.time()
+                    self._heard_at, self._silence_s = self._loop.time(), self._settings.idle_timeout_s
                     yield chunks
+                if self._failure:
+                    raise self._failure
                 if self.done:
                     await self._drain()
                     return
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise self._broken() from error
-        if self._timed_out:
-            raise self._broken()
         if chunks := self._chunks(self._decoder.flush()):
             yield chunks
+        if self._failure:
+            raise self._failure
 
     def _chunks(self, payloads: list[bytes]) -> list[Json]:
-        chunks = []
-        for payload in payloads:
-            if payload == b"[DONE]":
-                self.done = True
-                break
-            chunks.append(self._chunk(payload))
+        """What can be used; the failure that ends it is raised after that has been seen."""
+        chunks: list[Json] = []
+        try:
+            for payload in payloads:
+                if payload == b"[DONE]":
+                    self.done = True
+                    break
+                chunks.append(self._chunk(payload))
+        except UpstreamError as error:
+            self._failure = error
         return chunks
 
     def _chunk(self, payload: bytes) -> Json:
@@ -153,18 +169,24 @@ class ChatStream:
         raise_if_error(chunk, self._settings.name)
         return chunk
 
+    def _ends_at(self) -> float:
+        return min(self._total_ends_at, self._heard_at + self._silence_s)
+
+    def _next_check(self) -> asyncio.TimerHandle:
+        """Not later than `idle_timeout_s`, which may have begun to count by then."""
+        now = self._loop.time()
+        next_at = min(self._ends_at(), now + self._settings.idle_timeout_s)
+        return self._loop.call_at(max(next_at, now + TIMER_STEP_S), self._check_silence)
+
     def _check_silence(self) -> None:
         """Closes an answer that is silent or runs on for too long; comments do not count as an answer."""
         now = self._loop.time()
-        if now - self._started_at >= self._settings.total_timeout_s:
-            self._timed_out = f"ran for {self._settings.total_timeout_s:g} s"
-        elif now - self._heard_at >= self._settings.idle_timeout_s:
-            self._timed_out = f"sent nothing for {self._settings.idle_timeout_s:g} s"
-        if self._timed_out:
-            self._answer.close()
+        if now < self._ends_at():
+            self._timer = self._next_check()
             return
-        ends_at = min(self._started_at + self._settings.total_timeout_s, self._heard_at + self._settings.idle_timeout_s)
-        self._timer = self._loop.call_later(max(ends_at - now, 0.01), self._check_silence)
+        total = f"ran for {self._settings.total_timeout_s:g} s"
+        self._timed_out = total if now >= self._total_ends_at else f"sent nothing for {self._silence_s:g} s"
+        self._answer.close()
 
     def _broken(self) -> UpstreamError:
         if self._timed_out:
@@ -180,10 +202,7 @@ class ChatStream:
     def close(self) -> None:
         """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
         self._timer.cancel()
-        if self._answer.content.at_eof():
-            self._answer.release()
-        else:
-            self._answer.close()
+        self._answer.close()
 
 
 # -- one backend -------------------------------------------------------------------------------------------------------
@@ -209,11 +228,12 @@ class Upstream:
         self._headers = self._make_headers()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._probe: Probe | None = None
-        self._probing: asyncio.Task[Probe] | None = None
+        self._probing: asyncio.Task[None] | None = None
         self._look_again_at = 0.0
 
-    def _make_headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", **self.settings.headers}
+    def _make_headers(self) -> CIMultiDict[str]:
+        headers = CIMultiDict({"Content-Type": "application/json"})
+        headers.update(self.settings.headers)
         if key := self.settings.api_key or os.environ.get(self.settings.api_key_env or "", ""):
             headers.setdefault("Authorization", f"Bearer {key}")
         return headers
@@ -229,9 +249,15 @@ class Upstream:
         loop = asyncio.get_running_loop()
         if self._probe is None and loop.time() >= self._look_again_at:
             self._look_again_at = loop.time() + DETECTION_PAUSE_S
-            self._probing = asyncio.create_task(self.probe())
-            await asyncio.wait({self._probing}, timeout=DETECTION_WAIT_S)
+            self._probing = asyncio.create_task(self._look())
+        if self._probe is None and self._probing is not None:
+            waited_s = loop.time() + DETECTION_PAUSE_S - self._look_again_at
+            await asyncio.wait({self._probing}, timeout=max(0.0, DETECTION_WAIT_S - waited_s))
         return self._probe.dialect if self._probe else dialects.GENERIC
+
+    async def _look(self) -> None:
+        with contextlib.suppress(UpstreamError):
+            await self.probe()
 
     async def probe(self) -> Probe:
         """Asks the backend for its models. Raises: UpstreamError."""
@@ -260,8 +286,6 @@ class Upstream:
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.wait({self._probing})
-            with contextlib.suppress(asyncio.CancelledError, ProxyError):
-                self._probing.result()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -343,10 +367,11 @@ class Upstream:
         return answer
 
     async def _refused(self, answer: aiohttp.ClientResponse) -> UpstreamError:
-        raw = b""
+        raw = bytearray()
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             async with asyncio.timeout(self.settings.connect_timeout_s):
-                raw = await answer.content.read(ERROR_BODY_BYTES)
+                while len(raw) < ERROR_BODY_BYTES and not answer.content.at_eof():
+                    raw += await answer.content.readany()
         answer.close()
         try:
             body = orjson.loads(raw)

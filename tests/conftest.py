@@ -1,0 +1,153 @@
+"""Fixtures that many tests share: backends, the running proxy, and clients of it. All on real sockets of loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+from scripted import DEADLINE_S, Backend
+
+from proxy import Settings, server_config
+from upstream import UpstreamSettings
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class App:
+    """A running proxy: its address, and clients that speak to it."""
+
+    url: str
+    openai: AsyncOpenAI
+    http: aiohttp.ClientSession
+
+    def post(self, body: Any, path: str = "/v1/responses", **options: Any) -> Any:
+        """`async with app.post({...}) as answer`; a `dict` is sent as JSON, bytes as they are."""
+        kind = "data" if isinstance(body, bytes) else "json"
+        return self.http.post(self.url + path, **{kind: body}, **options)
+
+
+StartApp = Callable[..., Awaitable[App]]
+
+
+def settings_of(backend_url: str, **sections: dict[str, Any]) -> Settings:
+    """Settings for tests: a backend of the generic dialect, and no patience: neither with retries nor at the end."""
+    upstream = {"dialect": "generic", "retries": 0, "base_url": backend_url} | sections.pop("upstream", {})
+    settings = Settings(upstream=(UpstreamSettings(**upstream),))
+    for name, values in {"server": {"shutdown_grace_s": 5.0}, **sections}.items():
+        settings = replace(settings, **{name: replace(getattr(settings, name), **values)})
+    return settings
+
+
+@contextlib.asynccontextmanager
+async def served(settings: Settings) -> AsyncIterator[str]:
+    """The address of the real application under a real uvicorn server in this loop."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = server_config(settings)
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listener])
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        await server.shutdown([listener])
+
+
+@contextlib.asynccontextmanager
+async def running_app(settings: Settings) -> AsyncIterator[App]:
+    async with served(settings) as url, aiohttp.ClientSession() as http:
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="client-key", max_retries=0)
+        async with client:
+            yield App(url, client, http)
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[Backend]:
+    async with Backend().running() as backend:
+        yield backend
+
+
+@pytest.fixture
+async def start_app(backend: Backend) -> AsyncIterator[StartApp]:
+    """Starts the proxy in front of the scripted backend: `await start_app(turns={"strict": True})`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**sections: dict[str, Any]) -> App:
+            return await stack.enter_async_context(running_app(settings_of(backend.url, **sections)))
+
+        yield start
+    await no_task_is_left()
+
+
+@pytest.fixture
+async def app(start_app: StartApp) -> App:
+    return await start_app()
+
+
+@pytest.fixture
+def client(app: App) -> AsyncOpenAI:
+    return app.openai
+
+
+async def no_task_is_left() -> None:
+    """Fails when the proxy forgot a task: each has an owner that ends it."""
+
+    def left() -> list[str]:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        return [repr(task) for task in tasks if "/site-packages/" not in repr(task) and "scripted.py" not in repr(task)]
+
+    deadline = time.monotonic() + DEADLINE_S
+    while left() and time.monotonic() < deadline:  # noqa: ASYNC110 - tasks end by themselves
+        await asyncio.sleep(0.01)
+    assert left() == []
+
+
+# -- a real backend ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def llamacpp() -> Iterator[str]:
+    """The base URL of a real llama.cpp server with the tiny model."""
+    command = [sys.executable, str(ROOT / "demo" / "llamacpp_server.py"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().removeprefix("listening on ").strip()
+            wait_for_200(f"{address}/health")
+            yield f"{address}/v1"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def wait_for_200(url: str, deadline_s: float = 30) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not _answers_200(url):
+        assert time.monotonic() < deadline, f"{url} did not answer 200 in time"
+        time.sleep(0.02)
+
+
+def _answers_200(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    except OSError:
+        return False

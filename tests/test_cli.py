@@ -1,0 +1,257 @@
+"""The program as it is started: real processes, their exit codes, and what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from conftest import ROOT
+from scripted import DEADLINE_S, END, Backend, Script, chunk
+
+HI = {"model": "m", "input": "Hi"}
+LISTENING = re.compile(r"running on (http://\S+)")
+UVICORN = ["-m", "uvicorn", "proxy:app", "--port", "0"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Ours without any setting of the proxy that the tests were started with."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RESPONSES_PROXY_")}
+    return {**kept, "PYTHONPATH": str(ROOT), **extra}
+
+
+def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "proxy.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment(**extra))
+
+
+class Process:
+    """A running proxy: its address, and everything it wrote so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+        self.url = ""
+
+    async def start(self) -> None:
+        assert self.process.stderr is not None
+        while not self.url:
+            line = (await self.process.stderr.readline()).decode()
+            assert line, f"it ended early: {self.output}"
+            self.output += line
+            if found := LISTENING.search(line):
+                self.url = found[1]
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(DEADLINE_S):
+            _, rest = await self.process.communicate()
+        self.output += rest.decode()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+@contextlib.asynccontextmanager
+async def started(*arguments: str, **extra: str) -> AsyncIterator[Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, cwd=ROOT, env=environment(**extra), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        running = Process(process)
+        async with asyncio.timeout(30):
+            await running.start()
+        yield running
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+def served(backend: Backend, *arguments: str) -> contextlib.AbstractAsyncContextManager[Process]:
+    return started("proxy.py", "--upstream", backend.url, "--port", "0", *arguments)
+
+
+async def answer_of(url: str, path: str = "/v1/responses") -> dict[str, object]:
+    async with aiohttp.ClientSession() as session, session.post(url + path, json=HI) as answer:
+        body: dict[str, object] = await answer.json()
+    return body
+
+
+# -- commands that end -------------------------------------------------------------------------------------------------
+
+
+def test_version_is_printed() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"responses-proxy \d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"]])
+def test_without_a_backend_it_says_so(arguments: list[str]) -> None:
+    done = run(*arguments)
+    expected = "responses-proxy: no upstream: give --upstream URL or [[upstream]] in the settings file\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_mistake_in_the_settings_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[server]\nprot = 1\n")
+    done = run("--config", str(config))
+    expected = "responses-proxy: unknown setting server.prot; did you mean 'port'?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    done = run("--upstrem", "http://x/v1")
+    assert done.returncode == 2
+    assert "usage: responses-proxy" in done.stderr
+
+
+async def test_check_describes_a_good_backend(backend: Backend) -> None:
+    backend.models = {"data": [{"id": "qwen", "owned_by": "vllm", "max_model_len": 4096}]}
+    done = await asyncio.to_thread(run, "check", "--upstream", backend.url)
+    expected = f"127.0.0.1 ({backend.url}): dialect vllm, 1 model(s)\n  qwen: window 4096 tokens\n"
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
+async def test_check_describes_a_real_backend(llamacpp: str) -> None:
+    done = await asyncio.to_thread(run, "check", "--upstream", llamacpp)
+    assert done.returncode == 0
+    assert "dialect llamacpp, 1 model(s)" in done.stdout
+    assert "tiny-think: window 1024 tokens" in done.stdout
+
+
+def test_check_fails_on_an_unreachable_backend() -> None:
+    done = run("check", "--upstream", "http://127.0.0.1:1/v1")
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+async def test_a_port_in_use_ends_it_without_a_traceback(backend: Backend) -> None:
+    port = backend.url.split(":")[2].partition("/")[0]
+    done = await asyncio.to_thread(run, "--upstream", backend.url, "--port", port)
+    assert done.returncode != 0
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+async def test_it_serves_a_backend_given_by_flag(backend: Backend) -> None:
+    async with served(backend) as process:
+        assert (await answer_of(process.url))["status"] == "completed"
+
+
+async def test_it_serves_a_backend_given_by_file(backend: Backend, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[server]\nport = 0\n[[upstream]]\nbase_url = "{backend.url}"\naliases = {{ m = "real" }}\n')
+    async with started("proxy.py", "--config", str(config)) as process:
+        assert (await answer_of(process.url))["model"] == "m"
+    assert (await backend.received()).body["model"] == "real"
+
+
+@pytest.mark.parametrize("name", ["RESPONSES_PROXY_UPSTREAM__URL", "RESPONSES_PROXY_UPSTREAM__BASE_URL"])
+async def test_any_server_runs_the_app_from_the_environment(backend: Backend, name: str) -> None:
+    async with started(*UVICORN, **{name: backend.url}) as process:
+        assert (await answer_of(process.url))["status"] == "completed"
+
+
+async def test_any_server_runs_the_app_from_a_file(backend: Backend, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[[upstream]]\nbase_url = "{backend.url}"\n')
+    async with started(*UVICORN, RESPONSES_PROXY_CONFIG=str(config)) as process:
+        assert (await answer_of(process.url))["status"] == "completed"
+
+
+async def test_any_server_may_serve_it_below_a_path(backend: Backend) -> None:
+    environ = {"RESPONSES_PROXY_UPSTREAM__URL": backend.url}
+    async with started(*UVICORN, "--root-path", "/ai", **environ) as process:
+        assert (await answer_of(process.url))["status"] == "completed"
+
+
+def test_another_server_is_told_what_is_missing() -> None:
+    command = [sys.executable, *UVICORN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, env=environment())
+    assert done.returncode != 0
+    assert "no upstream" in done.stderr
+
+
+async def test_log_lines_name_the_request(backend: Backend) -> None:
+    async with served(backend) as process, aiohttp.ClientSession() as session:
+        async with session.post(f"{process.url}/v1/responses", json={**HI, "seed": 1}) as answer:
+            request_id = answer.headers["x-request-id"]
+        await process.stop()
+    (line,) = [line for line in process.output.splitlines() if "seed" in line]
+    assert f"[{request_id}]" in line
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_with_0(backend: Backend, number: int) -> None:
+    async with served(backend) as process:
+        assert await process.stop(number) == 0
+    assert "Traceback" not in process.output
+
+
+async def test_sigterm_lets_a_running_stream_finish(backend: Backend) -> None:
+    goes_on = asyncio.Event()
+    backend.script(Script([chunk(content="Hel"), goes_on, chunk(content="lo"), *END]))
+    async with served(backend) as process, aiohttp.ClientSession() as session:
+        async with session.post(f"{process.url}/v1/responses", json={**HI, "stream": True}) as answer:
+            while b"Hel" not in await answer.content.readline():
+                pass
+            process.process.send_signal(signal.SIGTERM)
+            await refuses_connections(process.url)
+            goes_on.set()
+            *_, last, done, _ = (await answer.content.read()).split(b"\n\n")
+        assert await process.ended() == 0
+    assert json.loads(last.partition(b"data: ")[2])["response"]["status"] == "completed"
+    assert done == b"data: [DONE]"
+
+
+async def test_a_stream_that_outlives_the_grace_ends_with_response_failed(backend: Backend, tmp_path: Path) -> None:
+    backend.script(Script([chunk(content="Hel")], end="silent"))
+    config = tmp_path / "config.toml"
+    config.write_text(f'[server]\nport = 0\nshutdown_grace_s = 0.1\n[[upstream]]\nbase_url = "{backend.url}"\n')
+    async with (
+        started("proxy.py", "--config", str(config)) as process,
+        aiohttp.ClientSession() as session,
+        session.post(f"{process.url}/v1/responses", json={**HI, "stream": True}) as answer,
+    ):
+        while b"Hel" not in await answer.content.readline():
+            pass
+        assert await process.stop() == 0
+        rest = (await answer.content.read()).decode()
+    assert "event: response.failed" in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    assert await (await backend.received()).is_let_go()
+
+
+async def refuses_connections(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(host, int(port))
+            except ConnectionError:
+                return
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+            await asyncio.sleep(0.01)

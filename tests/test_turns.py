@@ -1,0 +1,180 @@
+"""A turn by itself, against a real backend: where its ids and times come from, and who lets go of the backend."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from scripted import DONE, END, Backend, Script, chunk, plain, streamed
+
+from errors import InvalidRequest, UpstreamRefused
+from request import RequestLimits, parse_request
+from streaming import ReasoningSettings
+from turns import Sources, Turn, Turns, TurnSettings
+from upstream import Upstreams, UpstreamSettings
+
+HI = {"model": "m", "input": "Hi"}
+STREAM = {**HI, "stream": True}
+
+
+class Bench:
+    """Turns with a clock that stands still and ids that count."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self.upstreams = upstreams
+
+    async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
+        numbers = itertools.count(1)
+        sources = Sources(lambda: 1_700_000_000.9, lambda prefix: f"{prefix}_{next(numbers)}")
+        turns = Turns(self.upstreams, TurnSettings(**settings), ReasoningSettings(), sources)
+        return await turns.prepare(parse_request(body, RequestLimits()))
+
+
+@pytest.fixture
+async def bench(backend: Backend) -> AsyncIterator[Bench]:
+    named = UpstreamSettings(base_url=backend.url, dialect="openai", retries=0, aliases={"gpt-5": "m"})
+    upstreams = Upstreams((named,))
+    yield Bench(upstreams)
+    await upstreams.close()
+
+
+async def all_events(turn: Turn) -> list[dict[str, Any]]:
+    return [event async for batch in turn.events() for event in batch]
+
+
+async def test_ids_and_times_come_from_the_sources(bench: Bench) -> None:
+    response = await (await bench.prepare(HI)).run()
+    assert (response["id"], response["created_at"], response["completed_at"]) == (
+        "resp_1",
+        1_700_000_000,
+        1_700_000_000,
+    )
+    assert response["output"][0]["id"] == "msg_2"
+
+
+async def test_an_alias_is_sent_by_its_real_name_and_echoed_as_asked(bench: Bench, backend: Backend) -> None:
+    response = await (await bench.prepare({**HI, "model": "gpt-5"})).run()
+    assert ((await backend.received()).body["model"], response["model"]) == ("m", "gpt-5")
+
+
+async def test_only_a_streamed_turn_asks_the_backend_to_stream(bench: Bench, backend: Backend) -> None:
+    backend.script(plain(), streamed("Hi"))
+    await (await bench.prepare(HI)).run()
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    await all_events(turn)
+    first, second = (await backend.received()).body, (await backend.received()).body
+    assert ("stream" in first, "stream_options" in first) == (False, False)
+    assert (second["stream"], second["stream_options"]) == (True, {"include_usage": True})
+
+
+async def test_usage_is_estimated_for_a_backend_that_counts_nothing(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hello"), chunk("stop"), DONE]))
+    turn = await bench.prepare({**STREAM, "input": "x" * 4000})
+    await turn.accept()
+    usage = (await all_events(turn))[-1]["response"]["usage"]
+    assert 1000 <= usage["input_tokens"] <= 1100
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+async def test_what_is_left_out_is_named(bench: Bench) -> None:
+    turn = await bench.prepare({**HI, "seed": 1, "tools": [{"type": "web_search"}]})
+    assert turn.ignored == ("seed", "tools[0].type=web_search")
+
+
+async def test_strict_refuses_what_would_be_left_out(bench: Bench) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await bench.prepare({**HI, "seed": 1}, strict=True)
+    assert caught.value.param == "seed"
+
+
+async def test_a_file_is_read_beside_the_loop(bench: Bench, backend: Backend) -> None:
+    part = {"type": "input_file", "filename": "a.txt", "file_data": "dGV4dA=="}
+    await (await bench.prepare({**HI, "input": [{"role": "user", "content": [part]}]})).run()
+    (message,) = (await backend.received()).body["messages"]
+    assert message["content"] == [{"type": "file", "file": {"filename": "a.txt", "file_data": "dGV4dA=="}}]
+
+
+async def test_a_refusal_at_once_is_raised(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([b"no"], 404))
+    turn = await bench.prepare(STREAM, created_after_ms=60_000)
+    with pytest.raises(UpstreamRefused) as caught:
+        await turn.accept()
+    assert caught.value.http_status == 404
+    await turn.close()
+
+
+async def test_cancelling_accept_lets_go_of_the_backend(bench: Bench, backend: Backend) -> None:
+    backend.script(Script(before=asyncio.Event()))
+    turn = await bench.prepare(STREAM, created_after_ms=60_000)
+    accepting = asyncio.ensure_future(turn.accept())
+    request = await backend.received()
+    accepting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await accepting
+    assert await request.is_let_go()
+
+
+async def test_a_turn_that_is_closed_unread_lets_go_of_the_backend(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hel")], end="silent"))
+    turn = await bench.prepare(STREAM, created_after_ms=60_000)
+    await turn.accept()
+    await turn.close()
+    await turn.close()
+    assert await (await backend.received()).is_let_go()
+
+
+async def test_events_that_are_not_read_to_the_end_let_go_of_the_backend(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hel")], end="silent"))
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    events = turn.events()
+    await anext(events)
+    await anext(events)
+    await events.aclose()
+    assert await (await backend.received()).is_let_go()
+
+
+async def test_cancelling_the_reader_of_events_is_not_a_failure(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hel")], end="silent"))
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    seen: list[str] = []
+    has_begun = asyncio.Event()
+
+    async def read() -> None:
+        async for batch in turn.events():
+            seen.extend(event["type"] for event in batch)
+            has_begun.set()
+
+    reading = asyncio.ensure_future(read())
+    request = await backend.received()
+    await has_begun.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert "response.failed" not in seen
+    assert await request.is_let_go()
+
+
+async def test_a_cancelled_plain_turn_lets_go_of_the_backend(bench: Bench, backend: Backend) -> None:
+    backend.script(Script(before=asyncio.Event()))
+    running = asyncio.ensure_future((await bench.prepare(HI)).run())
+    request = await backend.received()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await request.is_let_go()
+
+
+async def test_a_finished_stream_leaves_its_connection_for_the_next_turn(bench: Bench, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hello"), *END]))
+    for _ in range(2):
+        turn = await bench.prepare(STREAM)
+        await turn.accept()
+        await all_events(turn)
+    assert [request.gone.is_set() for request in backend.requests] == [False, False]
+    assert backend.connections == 1

@@ -1,0 +1,750 @@
+"""The HTTP client: scripted answers where only the answer matters, real sockets where bytes and time matter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from aioresponses import aioresponses
+from scripted import DONE, Backend, Script, chunk, plain, sse, streamed
+from wire_reader import transcript
+from yarl import URL
+
+from errors import (
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    WindowExceeded,
+)
+from upstream import ChatStream, SSEDecoder, Upstream, Upstreams, UpstreamSettings, settings_for
+
+Json = dict[str, Any]
+Connect = Callable[..., Upstream]
+BASE = "http://backend/v1"
+CHAT, MODELS = f"{BASE}/chat/completions", f"{BASE}/models"
+BODY: Json = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}]}
+
+
+class Answer(aiohttp.ClientResponse):
+    """aioresponses 0.7.9 does not know the newest argument of aiohttp 3.14."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("stream_writer", SimpleNamespace(output_size=0))
+        super().__init__(*args, **kwargs)
+
+
+class Answers(aioresponses):
+    """Scripted answers of the HTTP client: `with Answers() as http: http.post(CHAT, payload=...)`."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, response_class=Answer, **kwargs)
+
+
+def error_of(message: str, **fields: Any) -> Json:
+    return {"error": {"message": message, **fields}}
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Makes an upstream: `connect(url, retries=1)`; retries are immediate unless told otherwise."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def make(base_url: str = BASE, **settings: Any) -> Upstream:
+            defaults = {"dialect": "generic", "retry_backoff_s": 0.0}
+            upstreams = Upstreams((UpstreamSettings(base_url=base_url, **(defaults | settings)),))
+            stack.push_async_callback(upstreams.close)
+            return next(iter(upstreams))
+
+        yield make
+
+
+def asked(http: Answers, url: str = CHAT) -> list[Json]:
+    """The bodies of the requests that were made."""
+    return [orjson.loads(call.kwargs["data"]) for call in http.requests[("POST", URL(url))]]
+
+
+async def said(stream: ChatStream) -> str:
+    """The text of an answer, read to its end or failure."""
+    try:
+        return "".join([c["choices"][0]["delta"].get("content", "") async for batch in stream for c in batch])
+    finally:
+        stream.close()
+
+
+async def said_by(backend: Backend, connect: Connect, script: Script, **settings: Any) -> str:
+    backend.script(script)
+    return await said(await connect(backend.url, **settings).stream({**BODY, "stream": True}))
+
+
+# -- retries -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+async def test_a_status_that_says_later_is_tried_again(connect: Connect, status: int) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=status, payload=error_of("Wait."))
+        http.post(CHAT, payload=COMPLETION)
+        assert await connect().complete(BODY) == COMPLETION
+        assert asked(http) == [BODY, BODY]
+
+
+async def test_a_refused_connection_is_tried_again(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, exception=aiohttp.ClientConnectionError("no"))
+        http.post(CHAT, payload=COMPLETION)
+        assert await connect().complete(BODY) == COMPLETION
+
+
+async def test_retries_come_to_an_end(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, exception=aiohttp.ClientConnectionError("no"), repeat=True)
+        with pytest.raises(UpstreamUnreachable):
+            await connect(retries=3).complete(BODY)
+        assert len(asked(http)) == 4
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 500, 502, 504])
+async def test_a_status_that_says_never_is_not_tried_again(connect: Connect, status: int) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=status, payload=error_of("No."), repeat=True)
+        with pytest.raises(UpstreamRefused, match="No"):
+            await connect().complete(BODY)
+        assert len(asked(http)) == 1
+
+
+async def test_a_spent_quota_is_not_tried_again(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=429, payload=error_of("Pay.", code="insufficient_quota"), repeat=True)
+        with pytest.raises(UpstreamRefused) as caught:
+            await connect().complete(BODY)
+        assert (caught.value.error_code, len(asked(http))) == ("insufficient_quota", 1)
+
+
+async def test_retry_after_wins_over_the_backoff(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=429, headers={"Retry-After": "0.001"})
+        http.post(CHAT, payload=COMPLETION)
+        assert await connect(retry_backoff_s=1e9).complete(BODY) == COMPLETION
+
+
+async def test_a_wait_that_is_too_long_is_left_to_the_client(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=503, headers={"Retry-After": "6"}, repeat=True)
+        with pytest.raises(UpstreamRefused) as caught:
+            await connect(retry_wait_max_s=5.0).complete(BODY)
+        assert (caught.value.retry_after_s, len(asked(http))) == (6.0, 1)
+
+
+async def test_the_backoff_doubles(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=503, repeat=True)
+        with pytest.raises(UpstreamRefused):
+            await connect(retries=9, retry_backoff_s=0.001, retry_wait_max_s=0.003).complete(BODY)
+        assert len(asked(http)) == 3  # waits of 1 and 2 ms; one of 4 is too long
+
+
+# -- another spelling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "mended"), [("max_tokens", "max_completion_tokens"), ("max_completion_tokens", "max_tokens")]
+)
+@pytest.mark.parametrize("status", [400, 422])
+async def test_the_other_name_of_max_tokens_is_tried(connect: Connect, sent: str, mended: str, status: int) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=status, payload=error_of(f"Unsupported parameter: '{sent}'."))
+        http.post(CHAT, payload=COMPLETION)
+        assert await connect().complete({**BODY, sent: 7}) == COMPLETION
+        assert asked(http)[1] == {**BODY, mended: 7}
+
+
+async def test_stream_options_are_dropped_for_a_backend_without_them(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=400, payload=error_of("Unknown field stream_options."))
+        http.post(CHAT, payload=COMPLETION)
+        await connect().complete({**BODY, "stream_options": {"include_usage": True}})
+        assert asked(http)[1] == BODY
+
+
+async def test_another_spelling_is_tried_once_only(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=400, payload=error_of("max_tokens: unexpected"), repeat=True)
+        with pytest.raises(UpstreamRefused):
+            await connect().complete({**BODY, "max_tokens": 7})
+        assert len(asked(http)) == 2
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "status", "code"),
+    [
+        ("llamacpp/ctx-overflow", WindowExceeded, 400, "context_length_exceeded"),
+        ("vllm/ctx-overflow", WindowExceeded, 400, "context_length_exceeded"),
+        ("litellm/ctx-overflow", WindowExceeded, 400, "context_length_exceeded"),
+        ("aimock/ctx-error", WindowExceeded, 400, "context_length_exceeded"),
+        ("aimock/ratelimit", UpstreamRefused, 429, "rate_limit_exceeded"),
+        ("aimock/http500", UpstreamRefused, 502, "upstream_error"),
+        ("aimock/unknown-model", UpstreamRefused, 404, "model_not_found"),
+        ("vllm/unknown-model", UpstreamRefused, 404, "upstream_error"),
+        ("llamacpp/image-data-url", UpstreamRefused, 400, "upstream_error"),
+        ("transformers/unknown-param", UpstreamRefused, 422, "upstream_error"),
+        ("transformers/system-late", UpstreamRefused, 502, "upstream_error"),
+    ],
+)
+async def test_a_recorded_refusal_is_the_right_failure(
+    connect: Connect, name: str, kind: type[UpstreamError], status: int, code: str
+) -> None:
+    recorded = transcript(name)
+    with Answers() as http:
+        http.post(CHAT, status=recorded.status, body=recorded.body)
+        with pytest.raises(kind) as caught:
+            await connect(retries=0).stream(BODY)
+    assert (caught.value.http_status, caught.value.error_code) == (status, code)
+
+
+async def test_a_refusal_that_arrives_in_pieces_is_read_whole(connect: Connect, backend: Backend) -> None:
+    body, rest = orjson.dumps(error_of("No way.", code="no_way")), asyncio.Event()
+    backend.script(Script([body[:20], rest, body[20:]], status=400))
+    answer = asyncio.create_task(connect(backend.url).complete(BODY))
+    await backend.received()
+    for _ in range(50):  # turns of the loop, in which the client reads the first piece
+        await asyncio.sleep(0)
+    rest.set()
+    with pytest.raises(UpstreamRefused, match="No way") as caught:
+        await answer
+    assert caught.value.error_code == "no_way"
+
+
+async def test_a_refusal_without_end_is_read_in_part(connect: Connect, backend: Backend) -> None:
+    backend.script(Script(itertools.repeat(b"no " * 1000), status=400))
+    with pytest.raises(UpstreamRefused, match="no no no"):
+        await connect(backend.url).complete(BODY)
+
+
+async def test_a_redirect_is_not_followed(connect: Connect, backend: Backend) -> None:
+    backend.script(Script(status=307, headers={"location": f"{backend.url}/chat/completions"}), plain())
+    with pytest.raises(UpstreamRefused) as caught:
+        await connect(backend.url).complete(BODY)
+    assert (caught.value.http_status, len(backend.requests)) == (502, 1)
+
+
+# -- plain answers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", ["<html>", "", "[]", "{}", '{"choices":[]}', '{"choices":null}'])
+async def test_an_answer_that_is_no_completion_is_garbled(connect: Connect, body: str) -> None:
+    with Answers() as http:
+        http.post(CHAT, body=body)
+        with pytest.raises(UpstreamGarbled):
+            await connect().complete(BODY)
+
+
+async def test_an_error_with_status_200_is_raised(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, payload=error_of("Too fast.", code=429))
+        with pytest.raises(UpstreamRefused, match="Too fast") as caught:
+            await connect().complete(BODY)
+    assert caught.value.http_status == 429
+
+
+async def test_blank_lines_before_a_plain_answer_are_skipped(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, body=b"\n\n\n" + orjson.dumps(COMPLETION))
+        assert await connect().complete(BODY) == COMPLETION
+
+
+async def test_a_plain_answer_that_takes_too_long_is_given_up(connect: Connect, backend: Backend) -> None:
+    backend.script(Script([b'{"choices"'], end="silent"))
+    with pytest.raises(UpstreamTimeout):
+        await connect(backend.url, total_timeout_s=0.05).complete(BODY)
+    assert await (await backend.received()).is_let_go()
+
+
+async def test_a_plain_answer_that_breaks_off_is_broken(connect: Connect, backend: Backend) -> None:
+    backend.script(Script([b'{"choices"'], end="cut"))
+    with pytest.raises(UpstreamBroken):
+        await connect(backend.url).complete(BODY)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_read_to_its_end(connect: Connect, backend: Backend) -> None:
+    backend.script(streamed("Hel", "lo"))
+    stream = await connect(backend.url).stream({**BODY, "stream": True})
+    assert (await said_without_usage(stream), stream.done) == ("Hello", True)
+
+
+async def said_without_usage(stream: ChatStream) -> str:
+    try:
+        chunks = [c for batch in [batch async for batch in stream] for c in batch]
+    finally:
+        stream.close()
+    return "".join(choice["delta"].get("content") or "" for c in chunks for choice in c["choices"])
+
+
+async def test_lines_may_end_in_crlf_and_reads_in_the_middle_of_a_letter(connect: Connect, backend: Backend) -> None:
+    body = 'data: {"choices":[{"delta":{"content":"né"}}]}\r\n\r\ndata:[DONE]\r\n\r\n'.encode()
+    pieces = [body[n : n + 1] for n in range(len(body))]
+    assert await said_by(backend, connect, Script(pieces)) == "né"
+
+
+async def test_a_stream_may_lack_its_done(connect: Connect, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hi"), chunk("stop").rstrip()]))
+    stream = await connect(backend.url).stream(BODY)
+    chunks = [c for batch in [batch async for batch in stream] for c in batch]
+    stream.close()
+    assert (len(chunks), chunks[-1]["choices"][0]["finish_reason"], stream.done) == (2, "stop", False)
+
+
+async def test_a_stream_that_is_cut_is_broken_after_what_it_said(connect: Connect, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hi")], end="cut"))
+    stream = await connect(backend.url).stream(BODY)
+    batches = aiter(stream)
+    assert (await anext(batches))[0]["choices"][0]["delta"] == {"content": "Hi"}
+    with pytest.raises(UpstreamBroken):
+        await anext(batches)
+    stream.close()
+
+
+async def test_a_backend_that_does_not_stream_is_read_as_one_chunk(connect: Connect, backend: Backend) -> None:
+    backend.script(plain("Hello"))
+    stream = await connect(backend.url).stream({**BODY, "stream": True})
+    ((only,),) = [batch async for batch in stream]
+    stream.close()
+    assert only["choices"][0]["message"]["content"] == "Hello"
+
+
+ERRORS: dict[str, tuple[bytes, int]] = {
+    "OpenAI": (sse(error_of("Oh.", type="server_error")), 502),
+    "vLLM": (sse(error_of("Oh.", type="BadRequestError", code=400)) + DONE, 400),
+    "TGI": (sse(error_of("Oh.", http_status_code=422)), 422),
+    "transformers": (sse({"error": "Oh."}), 502),
+    "LM Studio": (b"event: error\n" + sse({"error": {"message": "Oh."}, "message": "Oh."}), 502),
+    "old vLLM": (sse({"object": "error", "message": "Oh.", "code": 400}), 400),
+    "OpenRouter": (sse({**error_of("Oh.", code=429), "choices": [{"finish_reason": "error", "delta": {}}]}), 429),
+    "only the event tells": (b"event: error\n" + sse({"message": "Oh."}) + DONE, 502),
+    "not a stream": (orjson.dumps(error_of("Oh.", code=429)), 429),
+}
+
+
+@pytest.mark.parametrize("form", ERRORS)
+async def test_an_error_object_in_a_stream_is_raised(connect: Connect, backend: Backend, form: str) -> None:
+    body, status = ERRORS[form]
+    with pytest.raises(UpstreamRefused, match=r"Oh\.") as caught:
+        await said_by(backend, connect, Script([body]))
+    assert caught.value.http_status == status
+
+
+async def test_an_error_object_is_raised_although_the_backend_stays(connect: Connect, backend: Backend) -> None:
+    with pytest.raises(UpstreamRefused):
+        await said_by(backend, connect, Script([sse(error_of("Oh."))], end="silent"))
+
+
+async def test_a_full_window_in_a_stream_is_told_as_one(connect: Connect, backend: Backend) -> None:
+    body = sse(error_of("Cannot truncate prompt with n_keep (9) >= n_ctx (4)"))
+    with pytest.raises(WindowExceeded):
+        await said_by(backend, connect, Script([body]))
+
+
+@pytest.mark.parametrize("last", [sse(error_of("Oh.")), b"data: {oops\n\n"])
+async def test_what_came_with_an_error_in_one_read_is_given_first(
+    connect: Connect, backend: Backend, last: bytes
+) -> None:
+    backend.script(Script([chunk(content="Hi") + last]))
+    stream = await connect(backend.url).stream(BODY)
+    batches = aiter(stream)
+    assert (await anext(batches))[0]["choices"][0]["delta"] == {"content": "Hi"}
+    with pytest.raises(UpstreamError):
+        await anext(batches)
+    stream.close()
+
+
+@pytest.mark.parametrize("body", [b"data: {oops\n\n", b"data: 1\n\n", b"data: []\n\n", b"data: \xff\n\n", b"{oops"])
+async def test_a_chunk_that_is_no_json_object_is_garbled(connect: Connect, backend: Backend, body: bytes) -> None:
+    with pytest.raises(UpstreamGarbled):
+        await said_by(backend, connect, Script([body]))
+
+
+# -- silence -----------------------------------------------------------------------------------------------------------
+
+TINY_S = 0.05
+
+
+async def test_no_headers_in_time_is_a_timeout(connect: Connect, backend: Backend) -> None:
+    with pytest.raises(UpstreamTimeout):
+        await said_by(backend, connect, Script(before=asyncio.Event()), first_byte_timeout_s=TINY_S)
+
+
+async def test_headers_alone_do_not_count_as_the_first_byte(connect: Connect, backend: Backend) -> None:
+    with pytest.raises(UpstreamTimeout, match="sent nothing"):
+        await said_by(backend, connect, Script(end="silent"), first_byte_timeout_s=TINY_S)
+
+
+async def test_the_first_byte_may_take_longer_than_the_next(connect: Connect, backend: Backend) -> None:
+    late = asyncio.Event()
+    backend.script(Script([b": \n\n", late, chunk(content="Hi"), DONE]))
+    stream = await connect(backend.url, idle_timeout_s=TINY_S).stream(BODY)
+    asyncio.get_running_loop().call_later(3 * TINY_S, late.set)
+    assert await said(stream) == "Hi"
+
+
+async def test_silence_between_chunks_is_a_timeout(connect: Connect, backend: Backend) -> None:
+    with pytest.raises(UpstreamTimeout, match="sent nothing"):
+        await said_by(backend, connect, Script([chunk(content="Hi")], end="silent"), idle_timeout_s=TINY_S)
+    assert await (await backend.received()).is_let_go()
+
+
+async def test_comments_do_not_count_as_data(connect: Connect, backend: Backend) -> None:
+    steps = itertools.chain([chunk(content="Hi")], itertools.repeat(b": keep-alive\n\n"))
+    with pytest.raises(UpstreamTimeout, match="sent nothing"):
+        await said_by(backend, connect, Script(steps), idle_timeout_s=TINY_S)
+
+
+async def test_an_answer_without_end_is_a_timeout(connect: Connect, backend: Backend) -> None:
+    endless = Script(itertools.repeat(chunk(content="on ")))
+    with pytest.raises(UpstreamTimeout, match="ran for"):
+        await said_by(backend, connect, endless, total_timeout_s=TINY_S)
+
+
+async def test_closing_lets_go_of_a_silent_backend(connect: Connect, backend: Backend) -> None:
+    backend.script(Script([chunk(content="Hi")], end="silent"))
+    stream = await connect(backend.url).stream(BODY)
+    await anext(aiter(stream))
+    stream.close()
+    assert await (await backend.received()).is_let_go()
+
+
+# -- connections -------------------------------------------------------------------------------------------------------
+
+
+def current_task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+@dataclass
+class Server:
+    """Answers every request with the same bytes and keeps the connection."""
+
+    answer: Sequence[bytes] = ()
+    url: str = ""
+    connections: int = 0
+    requests: int = 0
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.tasks.append(current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.findall(rb"(?i)content-length: (\d+)", head)[0]))
+                self.requests += 1
+                for piece in self.answer:
+                    writer.write(piece)
+                    for _ in range(20):  # turns of the loop, in which the client reads the piece
+                        await asyncio.sleep(0)
+        writer.close()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    listener = await asyncio.start_server(server.connected, "127.0.0.1", 0)
+    server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+    yield server
+    listener.close()
+    for task in server.tasks:
+        task.cancel()
+    await asyncio.gather(*server.tasks, return_exceptions=True)
+    await listener.wait_closed()
+
+
+def answer_of(body: bytes, status: int = 200) -> list[bytes]:
+    return [
+        b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (status, len(body), body),
+        b"0\r\n\r\n",
+    ]
+
+
+async def test_a_connection_is_used_again_after_done(connect: Connect, server: Server) -> None:
+    server.answer = answer_of(chunk(content="Hi") + DONE)
+    upstream = connect(server.url)
+    for _ in range(3):
+        assert await said(await upstream.stream(BODY)) == "Hi"
+    assert (server.requests, server.connections) == (3, 1)
+
+
+async def test_a_connection_is_used_again_after_a_refusal(connect: Connect, server: Server) -> None:
+    server.answer = answer_of(orjson.dumps(error_of("No.")), 400)
+    upstream = connect(server.url)
+    for _ in range(3):
+        with pytest.raises(UpstreamRefused):
+            await upstream.complete(BODY)
+    assert (server.requests, server.connections) == (3, 1)
+
+
+async def test_silence_in_a_body_without_a_length_is_a_timeout(connect: Connect, server: Server) -> None:
+    server.answer = [b"HTTP/1.1 200 X\r\nConnection: close\r\n\r\n" + chunk(content="Hi")]
+    with pytest.raises(UpstreamTimeout, match="sent nothing"):
+        await said(await connect(server.url, idle_timeout_s=TINY_S).stream(BODY))
+
+
+async def test_a_backend_that_says_done_and_stays_is_not_waited_for(connect: Connect, backend: Backend) -> None:
+    assert await said_by(backend, connect, Script([chunk(content="Hi"), DONE], end="silent")) == "Hi"
+    assert await (await backend.received()).is_let_go()
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The base URL of a machine that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+async def test_nobody_listening_is_unreachable(connect: Connect, unused_tcp_port: int) -> None:
+    with pytest.raises(UpstreamUnreachable, match=str(unused_tcp_port)):
+        await connect(f"http://127.0.0.1:{unused_tcp_port}/v1").complete(BODY)
+
+
+async def test_a_connection_that_is_not_made_in_time_is_a_timeout(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, exception=aiohttp.ConnectionTimeoutError("late"))
+        with pytest.raises(UpstreamTimeout, match="cannot be reached in time"):
+            await connect().complete(BODY)
+
+
+# -- dialects ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "dialect", "windows"),
+    [
+        ("llamacpp", "llamacpp", {"tiny-demo": 1024}),
+        ("vllm", "vllm", {"tiny-demo": 1024}),
+        ("transformers", "generic", {}),
+        ("litellm", "generic", {}),
+        ("aimock", "generic", {}),
+    ],
+)
+async def test_a_dialect_is_told_from_the_recorded_models(
+    connect: Connect, source: str, dialect: str, windows: Json
+) -> None:
+    recorded = transcript(f"{source}/models")
+    with Answers() as http:
+        http.get(MODELS, body=recorded.body, headers={"Server": recorded.headers.get("server", "")}, repeat=True)
+        upstream = connect(dialect="auto")
+        assert (await upstream.dialect()).name == dialect
+        probe = await upstream.probe()
+    assert (probe.dialect.name, probe.windows) == (dialect, windows)
+    assert list(probe.models) == [model["id"] for model in orjson.loads(recorded.body)["data"]]
+
+
+async def test_a_dialect_by_setting_asks_nobody(connect: Connect) -> None:
+    with Answers() as http:
+        assert (await connect(dialect="mistral").dialect()).name == "mistral"
+        assert http.requests == {}
+
+
+async def test_a_well_known_host_is_not_asked(connect: Connect) -> None:
+    with Answers() as http:
+        assert (await connect("https://api.groq.com/openai/v1", dialect="auto").dialect()).name == "groq"
+        assert http.requests == {}
+
+
+async def test_a_backend_is_looked_at_once_however_many_ask(connect: Connect) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload={"data": [{"id": "m", "owned_by": "vllm"}]}, repeat=True)
+        upstream = connect(dialect="auto")
+        found = [*await asyncio.gather(*(upstream.dialect() for _ in range(3))), await upstream.dialect()]
+        assert [dialect.name for dialect in found] == ["vllm"] * 4
+        assert len(http.requests[("GET", URL(MODELS))]) == 1
+
+
+async def test_a_backend_that_cannot_be_reached_is_generic_and_left_in_peace(connect: Connect) -> None:
+    with Answers() as http:
+        http.get(MODELS, exception=aiohttp.ClientConnectionError("no"), repeat=True)
+        upstream = connect(dialect="auto")
+        assert [(await upstream.dialect()).name for _ in range(3)] == ["generic"] * 3
+        assert len(http.requests[("GET", URL(MODELS))]) == 1
+
+
+async def test_a_mute_backend_is_generic_and_the_look_ends_with_the_upstream(connect: Connect, mute: str) -> None:
+    upstream = connect(mute, dialect="auto")
+    assert (await upstream.dialect()).name == "generic"
+    (look,) = [task for task in asyncio.all_tasks() if "Upstream._look" in repr(task)]
+    await upstream.close()
+    assert look.cancelled()
+
+
+async def test_every_backend_is_looked_at() -> None:
+    urls = [f"http://{name}/v1" for name in ("one", "two")]
+    upstreams = Upstreams(tuple(UpstreamSettings(base_url=url) for url in urls))
+    with Answers() as http:
+        for url in urls:
+            http.get(f"{url}/models", payload={"data": []})
+        await upstreams.look()
+        assert len(http.requests) == 2
+    await upstreams.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ({"status": 404}, UpstreamRefused),
+        ({"body": "<html>"}, UpstreamGarbled),
+        ({"exception": aiohttp.ClientConnectionError("no")}, UpstreamUnreachable),
+    ],
+)
+async def test_a_probe_tells_what_is_wrong(connect: Connect, answer: Json, kind: type[UpstreamError]) -> None:
+    with Answers() as http:
+        http.get(MODELS, **answer)
+        with pytest.raises(kind):
+            await connect().probe()
+
+
+async def test_a_probe_of_a_mute_backend_is_a_timeout(connect: Connect, mute: str) -> None:
+    with pytest.raises(UpstreamTimeout):
+        await connect(mute, connect_timeout_s=TINY_S).probe()
+
+
+async def test_a_probe_that_breaks_off_is_broken(connect: Connect) -> None:
+    ended = asyncio.Event()
+
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")
+        writer.close()
+        ended.set()
+
+    server = await asyncio.start_server(cut, "127.0.0.1", 0)
+    with pytest.raises(UpstreamBroken):
+        await connect(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}").probe()
+    await ended.wait()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize("models", [[], {}, {"data": None}, {"data": [1, {"id": 5}]}])
+async def test_an_odd_list_of_models_is_generic(connect: Connect, models: Any) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=models)
+        assert (await connect(dialect="auto").dialect()).name == "generic"
+
+
+# -- headers and routes ------------------------------------------------------------------------------------------------
+
+
+async def sent_headers(connect: Connect, backend: Backend, **settings: Any) -> list[str | None]:
+    await connect(backend.url, **settings).complete(BODY)
+    headers = (await backend.received()).headers
+    return [headers.get("authorization"), headers.get("x-more")]
+
+
+async def test_the_key_of_the_settings_is_sent(connect: Connect, backend: Backend) -> None:
+    assert await sent_headers(connect, backend, api_key="k1", headers={"X-More": "1"}) == ["Bearer k1", "1"]
+
+
+async def test_the_key_may_come_from_the_environment(
+    connect: Connect, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKEND_KEY", "k2")
+    assert await sent_headers(connect, backend, api_key_env="BACKEND_KEY") == ["Bearer k2", None]
+
+
+async def test_without_a_key_no_authorization_is_sent(connect: Connect, backend: Backend) -> None:
+    assert await sent_headers(connect, backend, api_key_env="NOT_SET_ANYWHERE") == [None, None]
+
+
+async def test_a_header_of_the_settings_wins_over_the_key_in_any_case(connect: Connect, backend: Backend) -> None:
+    found = await sent_headers(connect, backend, api_key="k1", headers={"authorization": "Basic x"})
+    assert found == ["Basic x", None]
+
+
+async def test_a_cookie_of_one_answer_is_not_sent_with_the_next_request(connect: Connect, backend: Backend) -> None:
+    first = plain()
+    first.headers = {"set-cookie": "who=me; Path=/"}
+    backend.script(first, plain())
+    upstream = connect(backend.url.replace("127.0.0.1", "localhost"))  # an address alone never gets cookies
+    await upstream.complete(BODY)
+    await upstream.complete(BODY)
+    assert [request.headers.get("cookie") for request in backend.requests] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "renamed"),
+    [
+        ("exact", "one", "exact"),
+        ("qwen3:8b", "two", "qwen3:8b"),
+        ("gpt-5", "two", "qwen3:30b"),
+        ("shared", "one", "shared"),
+        ("Exact", "one", "Exact"),
+        ("unknown", "one", "unknown"),
+    ],
+)
+async def test_a_model_goes_to_the_backend_that_names_it(model: str, name: str, renamed: str) -> None:
+    one = UpstreamSettings("one", BASE, models=("exact", "shared"))
+    two = UpstreamSettings("two", BASE, models=("qwen3:*", "shared"), aliases={"gpt-5": "qwen3:30b"})
+    upstreams = Upstreams((one, two))
+    upstream, there = upstreams.route(model)
+    await upstreams.close()
+    assert (upstream.settings.name, there) == (name, renamed)
+
+
+@pytest.mark.parametrize("wrong", [{"base_url": "localhost:8000"}, {"base_url": BASE, "dialect": "klingon"}])
+def test_settings_that_cannot_work_are_refused(wrong: Json) -> None:
+    with pytest.raises(ValueError, match="upstream 'default'"):
+        UpstreamSettings(**wrong)
+
+
+def test_a_url_alone_names_its_upstream() -> None:
+    assert settings_for("http://gpu-1:8000/v1").name == "gpu-1"
+
+
+# -- server-sent events ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "payloads"),
+    [
+        (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
+        (b"data:a\n\n", [b"a"]),
+        (b"data: a\r\n\r\ndata: b\r\n\r\n", [b"a", b"b"]),
+        (b"data: a\r\rdata: b\r\r", [b"a", b"b"]),
+        (b"data: [1,\ndata: 2]\n\n", [b"[1,\n2]"]),
+        (b": ping\n\n: ping\ndata: a\n\n", [b"a"]),
+        (b"event: message\nid: 1\nretry: 5\ndata: a\n\n", [b"a"]),
+        (b"\n\n\ndata: a\n\n\n\n", [b"a"]),
+        (b"data: [DONE] \n\n", [b"[DONE]"]),
+        (b"data: a\n\ndata: b", [b"a", b"b"]),
+        (b"data: a\n\ndata: b\r", [b"a", b"b"]),
+        (b"data:\n\nevent: ping\n\n", []),
+        (b'event: error\ndata: {"message":"m"}\n\n', [b'{"error":{"message":"m"}}']),
+        (b'event:error\ndata: {"error":"m"}\n\n', [b'{"error":"m"}']),
+        (b'\n\n{"choices":[]}\n', [b'{"choices":[]}']),
+        (b"", []),
+    ],
+)
+def test_the_decoder_finds_the_payloads(body: bytes, payloads: list[bytes]) -> None:
+    decoder = SSEDecoder()
+    assert decoder.feed(body) + decoder.flush() == payloads
+    decoder = SSEDecoder()
+    assert [p for n in range(len(body)) for p in decoder.feed(body[n : n + 1])] + decoder.flush() == payloads
