@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from dialects import Dialect
 from errors import InvalidRequest, MissingParameter, UnsupportedItem
 from tools import (
@@ -225,8 +227,7 @@ def _part(part: Any, path: str, dialect: Dialect) -> Json:
 # -- items -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class At:
+class At(msgspec.Struct, frozen=True):
     """Where an item stands and for whom it is rendered."""
 
     path: str

@@ -617,6 +617,7 @@ def server_config(settings: Settings) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="on",
         ws="none",
+        timeout_keep_alive=75,  # longer than clients keep an idle connection, so that they do not meet it half closed
         timeout_graceful_shutdown=math.ceil(settings.server.shutdown_grace_s),
     )
 

@@ -117,7 +117,8 @@ def _drop_stream_options(body: Json) -> Json:
 
 
 # What a 400 or 422 may say of a field, and the body to try once more with.
-MENDS: tuple[tuple[re.Pattern[str], str, Callable[[Json], Json]], ...] = (
+Mend = Callable[[Json], Json]
+MENDS: tuple[tuple[re.Pattern[str], str, Mend], ...] = (
     (
         re.compile(
             rf"max(_completion)?_tokens.*({UNKNOWN_WORDS})|({UNKNOWN_WORDS}).*max(_completion)?_tokens", re.I | re.S
@@ -133,11 +134,11 @@ MENDS: tuple[tuple[re.Pattern[str], str, Callable[[Json], Json]], ...] = (
 )
 
 
-def mended(body: Json, error: UpstreamError) -> Json | None:
-    """The body in another spelling, when the refusal names a field that backends spell differently."""
+def mend_for(body: Json, error: UpstreamError) -> Mend | None:
+    """What turns the body into the other spelling, when the refusal names a field that backends spell differently."""
     if error.http_status not in (400, 422):
         return None
     for pattern, prefix, mend in MENDS:
         if pattern.search(error.message) and any(key.startswith(prefix) for key in body):
-            return mend(body)
+            return mend
     return None

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from calls import Call, CallLine
 from chunks import (
     FAILED_FINISHES,
@@ -41,11 +43,10 @@ class ReasoningSettings:
     expose: Literal["summary", "text", "none"] = "summary"
 
 
-@dataclass(frozen=True, slots=True)
-class StreamPlan:
+class StreamPlan(msgspec.Struct, frozen=True):
     """What the machine has to know of the request."""
 
-    refs: dict[str, ToolRef] = field(default_factory=dict)
+    refs: dict[str, ToolRef] = msgspec.field(default_factory=dict)
     taken_call_ids: frozenset[str] = frozenset()
     logprobs: bool = False
     parallel: bool = True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 import orjson
 
 from errors import InvalidRequest, MissingParameter, UnsupportedItem
@@ -294,8 +295,7 @@ def searches_on_client(tools: list[Json]) -> bool:
 # -- tool choice -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """What of the toolbox is sent, under which mode; `only` holds chat names, None means all."""
 
     mode: str

@@ -205,8 +205,7 @@ def part_user_from_tool(messages: list[Json]) -> list[Json]:
 # -- the whole body ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(msgspec.Struct, frozen=True):
     """A chat request, and what its answer needs to become items again."""
 
     body: Json

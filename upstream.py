@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -23,7 +24,7 @@ from yarl import URL
 import dialects
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
-from refusals import LATER, NEVER_LATER_CODES, mended, raise_if_error, refusal, retry_after_s
+from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 
 Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.upstream")
@@ -36,6 +37,8 @@ DETECTION_PAUSE_S = 10.0
 DRAIN_S = 0.1
 # Timers are not set closer together than this.
 TIMER_STEP_S = 0.01
+# A body from this size on goes out in pieces, so that it does not hold up the others.
+LARGE_BODY_BYTES = 1024 * 1024
 # The largest part of an error body that is read.
 ERROR_BODY_BYTES = 64 * 1024
 
@@ -227,9 +230,12 @@ class Upstream:
         self._host = URL(settings.base_url)
         self._headers = self._make_headers()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
-        self._probe: Probe | None = None
+        told = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
+        self._probe = Probe(dialects.DIALECTS[told]) if told else None
         self._probing: asyncio.Task[None] | None = None
         self._look_again_at = 0.0
+        # Spellings that this backend was found to want.
+        self._mends: list[Mend] = []
 
     def _make_headers(self) -> CIMultiDict[str]:
         headers = CIMultiDict({"Content-Type": "application/json"})
@@ -242,18 +248,18 @@ class Upstream:
 
     async def dialect(self) -> Dialect:
         """The backend's dialect, looked at once; generic for as long as the backend cannot be reached."""
-        if self.settings.dialect != "auto":
-            return dialects.DIALECTS[self.settings.dialect]
-        if name := dialects.of_host(self._host.host or ""):
-            return dialects.DIALECTS[name]
+        if self._probe is None:
+            await self._wait_for_look()
+        return self._probe.dialect if self._probe else dialects.GENERIC
+
+    async def _wait_for_look(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._probe is None and loop.time() >= self._look_again_at:
+        if loop.time() >= self._look_again_at:
             self._look_again_at = loop.time() + DETECTION_PAUSE_S
             self._probing = asyncio.create_task(self._look())
-        if self._probe is None and self._probing is not None:
+        if self._probing is not None:
             waited_s = loop.time() + DETECTION_PAUSE_S - self._look_again_at
             await asyncio.wait({self._probing}, timeout=max(0.0, DETECTION_WAIT_S - waited_s))
-        return self._probe.dialect if self._probe else dialects.GENERIC
 
     async def _look(self) -> None:
         with contextlib.suppress(UpstreamError):
@@ -323,13 +329,19 @@ class Upstream:
 
     async def _post(self, body: Json) -> aiohttp.ClientResponse:
         attempt = 0
-        may_mend = True
+        tried: list[Mend] = []
+        for known in self._mends:
+            body = known(body)
         while True:
             try:
-                return await self._send("POST", "/chat/completions", orjson.dumps(body))
+                answer = await self._send("POST", "/chat/completions", orjson.dumps(body))
+                self._mends += tried
+                return answer
             except UpstreamError as error:
-                if may_mend and (other := mended(body, error)):
-                    body, may_mend = other, False
+                mend = mend_for(body, error)
+                if mend is not None and mend not in tried:
+                    tried.append(mend)
+                    body = mend(body)
                     continue
                 wait_s = self._retry_wait_s(error, attempt)
                 if wait_s is None:
@@ -353,7 +365,7 @@ class Upstream:
             answer = await self._session.request(
                 method,
                 self._base_url + path,
-                data=data,
+                data=data if data is None or len(data) < LARGE_BODY_BYTES else io.BytesIO(data),
                 headers=self._headers,
                 allow_redirects=False,
                 timeout=self._timeout,

@@ -180,6 +180,25 @@ async def test_stream_options_are_dropped_for_a_backend_without_them(connect: Co
         assert asked(http)[1] == BODY
 
 
+async def test_the_spelling_that_was_taken_is_used_from_then_on(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=400, payload=error_of("Unsupported parameter: 'max_tokens'."))
+        http.post(CHAT, payload=COMPLETION, repeat=True)
+        upstream = connect()
+        for _ in range(2):
+            await upstream.complete({**BODY, "max_tokens": 7})
+        assert asked(http)[2] == {**BODY, "max_completion_tokens": 7}
+
+
+async def test_two_spellings_of_one_request_are_both_tried(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(CHAT, status=400, payload=error_of("Unsupported parameter: 'max_tokens'."))
+        http.post(CHAT, status=400, payload=error_of("Unknown field stream_options."))
+        http.post(CHAT, payload=COMPLETION)
+        await connect().complete({**BODY, "max_tokens": 7, "stream_options": {}})
+        assert asked(http)[2] == {**BODY, "max_completion_tokens": 7}
+
+
 async def test_another_spelling_is_tried_once_only(connect: Connect) -> None:
     with Answers() as http:
         http.post(CHAT, status=400, payload=error_of("max_tokens: unexpected"), repeat=True)

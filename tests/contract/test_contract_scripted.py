@@ -53,6 +53,13 @@ async def test_a_plain_response_parses_and_has_every_key(client: AsyncOpenAI) ->
     assert_response(response.to_dict())
 
 
+async def test_an_input_of_several_megabytes_reaches_the_backend(client: AsyncOpenAI, backend: Backend) -> None:
+    text = "word " * 600_000
+    response = await client.responses.create(model="m", input=text)
+    assert response.output_text == "Hello there."
+    assert backend.requests[-1].body["messages"] == [{"role": "user", "content": text}]
+
+
 async def test_a_message_item_has_what_clients_need(client: AsyncOpenAI) -> None:
     (item,) = (await client.responses.create(model="m", input="Hi")).to_dict()["output"]
     assert item.pop("id").startswith("msg_")
