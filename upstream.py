@@ -37,6 +37,8 @@ DETECTION_PAUSE_S = 10.0
 DRAIN_S = 0.1
 # Timers are not set closer together than this.
 TIMER_STEP_S = 0.01
+# How long an idle connection is kept: less than the 5 s after which uvicorn and llama.cpp close theirs.
+KEEP_IDLE_S = 4.0
 # A body from this size on goes out in pieces, so that it does not hold up the others.
 LARGE_BODY_BYTES = 1024 * 1024
 # The largest part of an error body that is read.
@@ -362,21 +364,33 @@ class Upstream:
         """One request up to its headers. Raises: UpstreamError for anything but a 200."""
         where = f"Upstream '{self.settings.name}' at {self._host.authority}"
         try:
-            answer = await self._session.request(
-                method,
-                self._base_url + path,
-                data=data if data is None or len(data) < LARGE_BODY_BYTES else io.BytesIO(data),
-                headers=self._headers,
-                allow_redirects=False,
-                timeout=self._timeout,
-            )
+            answer = await self._request(method, path, data)
         except aiohttp.ConnectionTimeoutError as error:
             raise UpstreamTimeout(f"{where} cannot be reached in time.") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnreachable(f"{where} cannot be reached.") from error
+            raise UpstreamUnreachable(f"{where} cannot be reached ({type(error).__name__}).") from error
         if answer.status != 200:
             raise await self._refused(answer)
         return answer
+
+    async def _request(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+        """Asks again at once when a connection from the pool turned out to be closed by the backend."""
+        try:
+            return await self._request_once(method, path, data)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            return await self._request_once(method, path, data)
+
+    async def _request_once(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+        return await self._session.request(
+            method,
+            self._base_url + path,
+            data=data if data is None or len(data) < LARGE_BODY_BYTES else io.BytesIO(data),
+            headers=self._headers,
+            allow_redirects=False,
+            timeout=self._timeout,
+        )
 
     async def _refused(self, answer: aiohttp.ClientResponse) -> UpstreamError:
         raw = bytearray()
@@ -401,7 +415,7 @@ class Upstreams:
     """The backends in the order of the settings, and the one connection pool they share."""
 
     def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60)
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         self._all = tuple(Upstream(each, self._session) for each in settings)
 

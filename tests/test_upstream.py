@@ -512,6 +512,22 @@ async def test_a_connection_is_used_again_after_done(connect: Connect, server: S
     assert (server.requests, server.connections) == (3, 1)
 
 
+async def test_a_connection_that_the_backend_closed_meanwhile_is_replaced_at_once(connect: Connect) -> None:
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"hi")
+        for piece in answer_of(orjson.dumps(COMPLETION)):
+            writer.write(piece)
+        await reader.readuntil(b"\r\n\r\n")  # the next request finds the connection closed
+        writer.close()
+
+    listener = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+    async with listener:
+        port = listener.sockets[0].getsockname()[1]
+        upstream = connect(base_url=f"http://127.0.0.1:{port}/v1", retries=0)
+        body = {**BODY, "last": "hi"}
+        assert [await upstream.complete(body) for _ in range(2)] == [COMPLETION, COMPLETION]
+
+
 async def test_a_connection_is_used_again_after_a_refusal(connect: Connect, server: Server) -> None:
     server.answer = answer_of(orjson.dumps(error_of("No.")), 400)
     upstream = connect(server.url)

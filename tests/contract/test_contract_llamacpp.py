@@ -23,7 +23,7 @@ HELLO: dict[str, Any] = {"input": "Hello", "temperature": 0, "max_output_tokens"
 
 @pytest.fixture
 async def app(llamacpp: str) -> AsyncIterator[App]:
-    async with running_app(settings_of(llamacpp, upstream={"dialect": "auto"})) as app:
+    async with running_app(settings_of(llamacpp, upstream={"dialect": "auto", "retries": 2})) as app:
         yield app
 
 
