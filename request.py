@@ -200,8 +200,8 @@ def parse_request(body: Json, limits: RequestLimits) -> TurnRequest:
 
 
 def _unused(body: Json) -> list[str]:
-    unknown = Field("left out", "")
-    names = [n for n, value in body.items() if value is not None and REQUEST_FIELDS.get(n, unknown).fate == "left out"]
+    rows = ((name, REQUEST_FIELDS.get(name)) for name, value in body.items() if value is not None)
+    names = [name for name, row in rows if row is None or row.fate == "left out"]
     for section, struct in (("reasoning", Reasoning), ("text", Text)):
         inner = body.get(section)
         if isinstance(inner, dict):

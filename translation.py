@@ -247,6 +247,8 @@ class ConfigurationUpdate(msgspec.Struct, frozen=True):
 
 def configured(request: TurnRequest, items: list[Json]) -> TurnRequest:
     """The request with the newest word of the `configuration_update` items. Raises: InvalidRequest."""
+    if not any(item.get("type") == "configuration_update" for item in items):
+        return request
     text, reasoning = request.text or Text(), request.reasoning or Reasoning()
     for index, item in enumerate(items):
         if item.get("type") != "configuration_update":

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -269,21 +269,14 @@ class Upstream:
 
     async def probe(self) -> Probe:
         """Asks the backend for its models. Raises: UpstreamError."""
-        try:
-            async with asyncio.timeout(self.settings.connect_timeout_s):
-                answer = await self._send("GET", "/models", None)
-                models = orjson.loads(await answer.read())
-        except TimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{self.settings.name}' listed no models in time.") from error
-        except aiohttp.ClientError as error:
-            raise UpstreamBroken(f"Upstream '{self.settings.name}' broke off its list of models.") from error
-        except orjson.JSONDecodeError as error:
-            raise UpstreamGarbled(f"Upstream '{self.settings.name}' listed no models: not JSON.") from error
-        entries = [m for m in models.get("data") or () if isinstance(m, dict)] if isinstance(models, dict) else []
+        asking = self._send("GET", "/models", None)
+        answer, listed = await self._read_json(asking, self.settings.connect_timeout_s)
+        found = listed.get("data") if isinstance(listed, dict) else None
+        entries = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
         name = self.settings.dialect
         if name == "auto":
-            found = dialects.of_models({"data": entries}, answer.headers, self._host.port)
-            name = dialects.of_host(self._host.host or "") or found
+            by_models = dialects.of_models({"data": entries}, answer.headers, self._host.port)
+            name = dialects.of_host(self._host.host or "") or by_models
         windows = {str(m.get("id")): tokens for m in entries if (tokens := dialects.window_tokens(m))}
         self._probe = Probe(dialects.DIALECTS[name], tuple(str(m.get("id")) for m in entries), windows)
         log.info("upstream '%s' speaks %s", self.settings.name, name)
@@ -299,18 +292,24 @@ class Upstream:
 
     async def complete(self, body: Json) -> Json:
         """The whole answer as one chat completion. Raises: UpstreamError."""
+        _, completion = await self._read_json(self._post(body), self.settings.total_timeout_s)
+        return self._checked(completion)
+
+    async def _read_json(
+        self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
+    ) -> tuple[aiohttp.ClientResponse, Any]:
+        """An answer, asked for and read in time, and the JSON in it. Raises: UpstreamError."""
         name = self.settings.name
         try:
-            async with asyncio.timeout(self.settings.total_timeout_s):
-                answer = await self._post(body)
-                completion = orjson.loads(await answer.read())
+            async with asyncio.timeout(timeout_s):
+                answer = await asking
+                return answer, orjson.loads(await answer.read())
         except TimeoutError as error:
             raise UpstreamTimeout(f"Upstream '{name}' did not answer in time.") from error
         except aiohttp.ClientError as error:
             raise UpstreamBroken(f"Upstream '{name}' closed the connection in its answer.") from error
         except orjson.JSONDecodeError as error:
             raise UpstreamGarbled(f"Upstream '{name}' did not answer with JSON.") from error
-        return self._checked(completion)
 
     def _checked(self, completion: Any) -> Json:
         if not isinstance(completion, dict):

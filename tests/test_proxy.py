@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import logging
@@ -413,34 +414,25 @@ async def test_a_stream_has_one_terminal_event_and_then_done(app: App, backend: 
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
 
 
-async def test_a_refusal_after_created_is_a_failed_response(start_app: StartApp, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        (refused(429, "Later."), "rate_limit_exceeded"),
+        (refused(400, "This model's maximum context length is 10 tokens."), "context_length_exceeded"),
+    ],
+)
+async def test_a_refusal_after_created_is_a_failed_response_with_its_code(
+    start_app: StartApp, backend: Backend, script: Script, code: str
+) -> None:
     refuses = asyncio.Event()
-    script = refused(429, "Later.")
-    script.before = refuses
-    backend.script(script)
+    backend.script(dataclasses.replace(script, before=refuses))
     app = await start_app(turns=HASTY)
     async with app.post(STREAM) as answer:
         blocks = Blocks(answer)
         await blocks.until("event: response.created")
         refuses.set()
-        events = events_in(await blocks.rest())
-    assert events[-1]["type"] == "response.failed"
-    assert events[-1]["response"]["error"]["code"] == "rate_limit_exceeded"
-    assert events[-1]["response"]["status"] == "failed"
-
-
-async def test_an_overflow_after_created_has_the_code_that_clients_know(start_app: StartApp, backend: Backend) -> None:
-    refuses = asyncio.Event()
-    script = refused(400, "This model's maximum context length is 10 tokens.")
-    script.before = refuses
-    backend.script(script)
-    app = await start_app(turns=HASTY)
-    async with app.post(STREAM) as answer:
-        blocks = Blocks(answer)
-        await blocks.until("event: response.created")
-        refuses.set()
-        events = events_in(await blocks.rest())
-    assert events[-1]["response"]["error"]["code"] == "context_length_exceeded"
+        response = events_in(await blocks.rest())[-1]["response"]
+    assert (response["status"], response["error"]["code"]) == ("failed", code)
 
 
 async def test_an_error_in_the_middle_keeps_what_was_said(app: App, backend: Backend) -> None:

@@ -157,6 +157,14 @@ async def test_the_backoff_doubles(connect: Connect) -> None:
         assert len(asked(http)) == 3  # waits of 1 and 2 ms; one of 4 is too long
 
 
+@pytest.mark.parametrize("listed", [{"data": 5}, {"data": ["m"]}, {}, [], 5])
+async def test_a_list_of_models_in_no_known_form_is_the_generic_dialect(connect: Connect, listed: Any) -> None:
+    with Answers() as http:
+        http.get(f"{BASE}/models", payload=listed)
+        probe = await connect(dialect="auto").probe()
+    assert (probe.dialect.name, probe.models) == ("generic", ())
+
+
 # -- another spelling --------------------------------------------------------------------------------------------------
 
 
