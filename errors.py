@@ -7,8 +7,11 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── UnsupportedParameter       unsupported_parameter: it would change the answer and cannot be honoured
 │   ├── BodyTooLarge          413  request_too_large: more than the settings allow
 │   ├── Unauthorized          401  invalid_api_key: no key, or one that is not known
+│   ├── ConversationLocked         conversation_locked: another turn is writing it
 │   ├── NotFound              404  no such object for this owner, or no such route
-│   └── MethodNotAllowed      405  the route is there, the method is not
+│   ├── MethodNotAllowed      405  the route is there, the method is not
+│   └── StillRunning          409  the same request is being answered; clients try again by themselves
+├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502
     ├── UpstreamTimeout       504
@@ -17,7 +20,7 @@ ProxyError                    500  server_error: anything that a client is told 
     └── UpstreamRefused            an error of its own, with its own status
         └── WindowExceeded    400  context_length_exceeded: the input is larger than the model's window
 
-Two vocabularies: the HTTP error body (`to_wire`) and `response.error` of a failed response (`to_response_error`).
+Two vocabularies: an HTTP error body (`to_wire`) and the `error` of a failed response (`to_response_error`).
 Source: OpenAI error envelope and ResponseError.code of the openai SDK, read 2026-11-20.
 """
 
@@ -28,20 +31,9 @@ from typing import Any, ClassVar
 Json = dict[str, Any]
 
 # Codes of HTTP errors -> `response.error.code`: the SDK's literals, and the three more that clients act on.
-RESPONSE_ERROR_CODE_OF = {
-    "rate_limit_exceeded": "rate_limit_exceeded",
-    "context_length_exceeded": "context_length_exceeded",
-    "insufficient_quota": "insufficient_quota",
-    "server_is_overloaded": "server_is_overloaded",
-    "invalid_base64": "invalid_base64_image",
-    "invalid_image_url": "invalid_image_url",
-}
-RESPONSE_ERROR_CODE_OF_STATUS = {
-    400: "invalid_prompt",
-    413: "invalid_prompt",
-    422: "invalid_prompt",
-    429: "rate_limit_exceeded",
-}
+KEPT_CODES = "rate_limit_exceeded context_length_exceeded insufficient_quota server_is_overloaded invalid_image_url"
+RESPONSE_ERROR_CODE_OF = {code: code for code in KEPT_CODES.split()} | {"invalid_base64": "invalid_base64_image"}
+RESPONSE_ERROR_CODE_OF_STATUS = {429: "rate_limit_exceeded", **dict.fromkeys((400, 413, 422), "invalid_prompt")}
 
 
 class ProxyError(Exception):
@@ -61,8 +53,7 @@ class ProxyError(Exception):
 
     def to_wire(self) -> Json:
         """The HTTP body: all four keys always present."""
-        body = {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}
-        return {"error": body}
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}}
 
     def to_response_error(self) -> Json:
         """The `error` of a failed response; the code is one that clients know."""
@@ -88,13 +79,15 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class BodyTooLarge(InvalidRequest):
-    status = 413
-    code = "request_too_large"
+    status, code = 413, "request_too_large"
 
 
 class Unauthorized(InvalidRequest):
-    status = 401
-    code = "invalid_api_key"
+    status, code = 401, "invalid_api_key"
+
+
+class ConversationLocked(InvalidRequest):
+    code = "conversation_locked"
 
 
 class NotFound(InvalidRequest):
@@ -105,9 +98,16 @@ class MethodNotAllowed(InvalidRequest):
     status = 405
 
 
+class StillRunning(InvalidRequest):
+    status = 409
+
+
+class StoreError(ProxyError):
+    status, code = 503, "store_unavailable"
+
+
 class UpstreamError(ProxyError):
-    status = 502
-    code = "upstream_error"
+    status, code = 502, "upstream_error"
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -115,8 +115,7 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class UpstreamTimeout(UpstreamError):
-    status = 504
-    code = "upstream_timeout"
+    status, code = 504, "upstream_timeout"
 
 
 class UpstreamGarbled(UpstreamError):
@@ -139,10 +138,9 @@ class UpstreamRefused(UpstreamError):
         self.http_status = status
 
     def to_wire(self) -> Json:
+        wire = super().to_wire()["error"]
         default = "invalid_request_error" if self.http_status < 500 else "server_error"
-        body = super().to_wire()
-        body["error"]["type"] = REFUSAL_TYPES.get(self.http_status, default)
-        return body
+        return {"error": {**wire, "type": REFUSAL_TYPES.get(self.http_status, default)}}
 
 
 class WindowExceeded(UpstreamRefused):

@@ -400,7 +400,7 @@ ITEMS: dict[str, ItemType] = {
     "computer_call_output": HOSTED,
     "program": HOSTED,
     "program_output": HOSTED,
-    "item_reference": ItemType(_needs("references need stored responses, which this version does not have yet"), "400"),
+    "item_reference": ItemType(_needs("a reference cannot stand here"), "replaced by the stored item that it names"),
     "compaction": ItemType(_needs("compaction is not in this version yet"), "400"),
     "compaction_trigger": ItemType(_needs("compaction is not in this version yet"), "400"),
 }

@@ -1,4 +1,4 @@
-"""HTTP edge and composition root: routes, server-sent events out, settings, command line, `app` and `main()`.
+"""HTTP edge and composition root: routes, server-sent events out, command line, `app` and `main()`.
 
 May not know chat messages. `app` is an ASGI application for any server, set up by the environment or the file that
 RESPONSES_PROXY_CONFIG names.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
-import difflib
+import gc
 import importlib.metadata
 import logging
 import math
@@ -19,12 +18,12 @@ import re
 import signal
 import sys
 import time
-import tomllib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
@@ -35,143 +34,43 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ProxyError, UnsupportedParameter
-from request import RequestLimits, parse_body, parse_request
-from streaming import Event, Json, ReasoningSettings
-from turns import Sources, Turn, Turns, TurnSettings
-from upstream import Upstream, Upstreams, UpstreamSettings, settings_for
+from auth import Owners, new_key
+from errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ProxyError,
+    StoreError,
+    UnsupportedParameter,
+)
+from leases import Leases
+from once import Once
+from records import restored
+from replay import replayed
+from request import parse_body, parse_request
+from sealing import Seals, load_keys
+from settings import Settings, SettingsError, load_settings, settings_of_environ
+from sources import Ids, Sources
+from store import StoreSettings, open_store
+from stored import STORED_ROUTES, Stored, Visit
+from streaming import Event, Json
+from turns import Asked, Means, Turn, Turns
+from upstream import Upstream, Upstreams
+from verbs import Purged, Store
 
 log = logging.getLogger("responses_proxy")
 
-ENV_PREFIX = "RESPONSES_PROXY_"
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
+IN_MEMORY = ":memory:"
+GC_THRESHOLDS = (20_000, 20, 50)
+PURGE_EVERY_S = 3600.0
 # What the last event of a stream may take when the process is stopping.
 GOODBYE_S = 1.0
 # The request that a log line belongs to.
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The section `[server]`."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, msgspec.Meta(le=65535)] = 8080
-    keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 15.0
-    shutdown_grace_s: float = 30.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-
-@dataclass(frozen=True)
-class LimitSettings(RequestLimits):
-    """The section `[limits]`."""
-
-    body_bytes: int = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The whole file; every section belongs to a room."""
-
-    server: ServerSettings = field(default_factory=ServerSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    turns: TurnSettings = field(default_factory=TurnSettings)
-    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
-    upstream: tuple[UpstreamSettings, ...] = ()
-
-
-SECTIONS: dict[str, type[Any]] = {
-    "server": ServerSettings,
-    "limits": LimitSettings,
-    "turns": TurnSettings,
-    "reasoning": ReasoningSettings,
-    "upstream": UpstreamSettings,
-}
-
-
-class SettingsError(Exception):
-    """A setting that is unknown, malformed or missing; the message is for the person at the terminal."""
-
-
-def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """The file, overridden by the environment, overridden by the flags. Raises: SettingsError."""
-    tables = _read_file(path) if path else {}
-    upstreams = list(tables.pop("upstream", ()))
-    for given in (_from_environ(environ), flags):
-        for section, values in given.items():
-            if section == "upstream":
-                upstreams[:1] = [{**(upstreams[0] if upstreams else {}), **values}]
-            else:
-                tables[section] = {**tables.get(section, {}), **values}
-    sections = {name: _section(SECTIONS, name, table) for name, table in tables.items()}
-    return Settings(**sections, upstream=tuple(_upstream(table) for table in upstreams))
-
-
-def _upstream(table: Json) -> UpstreamSettings:
-    """A table without a name is named after its host."""
-    settings: UpstreamSettings = _section(SECTIONS, "upstream", table)
-    try:
-        named = settings_for(settings.base_url)
-    except ValueError as error:
-        raise SettingsError(f"upstream.base_url: {error}: {settings.base_url!r}") from error
-    return settings if "name" in table else dataclasses.replace(settings, name=named.name)
-
-
-def _read_file(path: Path) -> Json:
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # neither TOML nor, perhaps, text
-        raise SettingsError(f"{path}: {error}") from error
-    for name, table in tables.items():
-        if name not in SECTIONS:
-            raise SettingsError(_unknown("section", f"[{name}]", name, SECTIONS))
-        inner = table if name == "upstream" else [table]
-        if not isinstance(inner, list) or not all(isinstance(each, dict) for each in inner):
-            form = "[[upstream]]" if name == "upstream" else f"[{name}]"
-            raise SettingsError(f"{path}: '{name}' has to be a table: {form}")
-    return tables
-
-
-def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RESPONSES_PROXY_SECTION__KEY; UPSTREAM means the first one, and UPSTREAM__URL is short for its base_url."""
-    given: dict[str, dict[str, str]] = {}
-    for name, value in environ.items():
-        section, two, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        if name.startswith(ENV_PREFIX) and two:
-            key = "base_url" if (section, key) == ("upstream", "url") else key
-            given.setdefault(section, {})[key] = value
-    return given
-
-
-def _section(sections: Mapping[str, type[Any]], name: str, table: Any) -> Any:
-    cls = sections.get(name)
-    if cls is None:
-        raise SettingsError(_unknown("section", f"[{name}]", name, sections))
-    known = [each.name for each in dataclasses.fields(cls)]
-    for key in table:
-        if key not in known:
-            raise SettingsError(_unknown("setting", f"{name}.{key}", key, known))
-    try:
-        section = msgspec.convert(table, cls, strict=False)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise SettingsError(f"[{name}]: {error}") from error
-    for key in known:
-        value = getattr(section, key)
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise SettingsError(f"{name}.{key} has to be a number, 0 or more; got {value}")
-    return section
-
-
-def _unknown(what: str, shown: str, given: str, known: Any) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f"unknown {what} {shown}" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -224,13 +123,19 @@ def encode(events: list[Event]) -> bytes:
     return b"".join([b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events])
 
 
+EVENT_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
 class EventStream:
     """The ASGI response of a streamed turn: one send per read of the backend, comments in between, `[DONE]` last."""
 
     def __init__(self, turn: Turn, headers: list[tuple[bytes, bytes]], keepalive_s: float) -> None:
         self._turn = turn
-        self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        self._headers += [(b"x-accel-buffering", b"no"), *headers]
+        self._headers = [*EVENT_STREAM_HEADERS, *headers]
         self._keepalive_s = keepalive_s
         self._sent_at = 0.0
 
@@ -301,11 +206,12 @@ async def send_json(send: Send, body: Any, headers: list[tuple[bytes, bytes]]) -
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request body. Raises: BodyTooLarge, InvalidRequest for an encoding, ClientGone."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
-            raise _too_large(limit_bytes)
-        if name == b"content-encoding" and value != b"identity":
-            raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
+    values = scope["header_values"]
+    length = values.get(b"content-length", b"")
+    if length.isdigit() and int(length) > limit_bytes:
+        raise _too_large(limit_bytes)
+    if values.get(b"content-encoding", b"identity") != b"identity":
+        raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
     pieces: list[bytes] = []
     size_bytes = 0
     more = True
@@ -334,60 +240,98 @@ def ignored_header(names: tuple[str, ...]) -> tuple[bytes, bytes]:
 # -- routes ------------------------------------------------------------------------------------------------------------
 
 
+class Exchange(NamedTuple):
+    """One HTTP request as ASGI has it."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    value: bytes | None = scope["header_values"].get(name)
+    return None if value is None else value.decode("latin-1")
+
+
 class Edge:
     """The HTTP handlers and what they share."""
 
-    def __init__(self, settings: Settings, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, settings: Settings, services: Services) -> None:
+        self._services = services
         self._limits = settings.limits
         self._keepalive_s = settings.server.keepalive_s
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/responses."""
         limits = self._limits
-        request = parse_request(parse_body(await read_body(scope, receive, limits.body_bytes), limits), limits)
-        turn = await self._turns.prepare(request)
+        exchange = Exchange(scope, receive, send)
+        caller = self._services.owners.caller(header(scope, b"authorization"))
+        raw = await read_body(scope, receive, limits.body_bytes)
+        request = parse_request(parse_body(raw, limits), limits)
+        key = header(scope, b"idempotency-key")
+        if key is None:
+            await self._answer(exchange, Asked(request, caller))
+        elif request.is_stored:
+            await self._answer_once(exchange, Asked(request, caller), key, raw)
+        else:  # nothing of it is kept, so nothing can be given again
+            request = msgspec.structs.replace(request, unused=(*request.unused, "Idempotency-Key"))
+            await self._answer(exchange, Asked(request, caller))
+
+    async def _answer(self, exchange: Exchange, asked: Asked) -> None:
+        scope, receive, send = exchange
+        response = None
+        async with Watched(receive):
+            turn = await self._services.turns.prepare(asked)
+            if asked.request.stream:
+                await turn.accept()
+            else:
+                response = await turn.run()
         headers = [ignored_header(turn.ignored)] if turn.ignored else []
         if headers:
             log.info("left out of %s: %s", scope["request_id"], headers[0][1].decode())
-        if request.stream:
-            async with Watched(receive):
-                await turn.accept()
+        if response is None:
             await EventStream(turn, headers, self._keepalive_s)(scope, receive, send)
         else:
-            async with Watched(receive):
-                response = await turn.run()
             await send_json(send, response, headers)
+
+    async def _answer_once(self, exchange: Exchange, asked: Asked, key: str, raw: bytes) -> None:
+        claim = await self._services.once.claim(asked.caller.owner, key, raw)
+        try:
+            if claim.earlier is None:
+                await self._answer(exchange, msgspec.structs.replace(asked, first_use=claim.first_use))
+            else:
+                await self._answer_again(exchange, asked, restored(claim.earlier))
+        finally:
+            await claim.release()
+
+    async def _answer_again(self, exchange: Exchange, asked: Asked, response: Json) -> None:
+        headers = [(b"idempotent-replayed", b"true")]
+        if asked.request.stream:
+            started = {"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]}
+            await exchange.send(started)
+            await exchange.send({"type": "http.response.body", "body": encode(replayed(response)) + DONE})
+        else:
+            await send_json(exchange.send, response, headers)
 
     async def responses(self, request: Request) -> Response:
         """GET /v1/responses: the WebSocket's place; 426 makes clients fall back to HTTP."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
             return json_response(body, 426, {"upgrade": "HTTP/1.1"})
-        return await self.stored(request)
+        return await self.visit(request, Stored.responses)
 
-    async def stored(self, request: Request) -> Response:
+    async def visit(self, request: Request, work: Callable[[Stored, Visit], Awaitable[Json]]) -> Response:
         """Everything that reads or writes stored objects."""
-        raise UnsupportedParameter(
-            f"{request.method} {request.url.path} needs stored responses, which this version does not have yet."
-        )
+        caller = self._services.owners.caller(request.headers.get("authorization"))
+        raw = b""
+        if request.method == "POST":
+            raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
+        visit = Visit(caller.owner, request.path_params, request.query_params.multi_items(), raw)
+        return json_response(await work(self._services.stored, visit))
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
         return json_response({"status": "ok"})
-
-
-STORED_ROUTES = (
-    "/responses/compact",
-    "/responses/input_tokens",
-    "/responses/{id}",
-    "/responses/{id}/cancel",
-    "/responses/{id}/input_items",
-    "/conversations",
-    "/conversations/{id}",
-    "/conversations/{id}/items",
-    "/conversations/{id}/items/{item}",
-)
 
 
 def routes(edge: Edge) -> list[Route]:
@@ -395,7 +339,10 @@ def routes(edge: Edge) -> list[Route]:
     found: list[Route] = [Route("/healthz", edge.health)]
     for prefix in ("/v1", ""):
         found.append(Route(f"{prefix}/responses", edge.responses, methods=["GET"]))
-        found += [Route(prefix + path, edge.stored, methods=["GET", "POST", "DELETE"]) for path in STORED_ROUTES]
+        found += [
+            Route(prefix + path, partial(edge.visit, work=work), methods=[method])
+            for (method, path), work in STORED_ROUTES.items()
+        ]
     return found
 
 
@@ -434,6 +381,7 @@ class Outermost:
         if scope["type"] == "websocket":
             await _refuse_websocket(scope, receive, send)
             return
+        scope["header_values"] = dict(scope["headers"])
         request_id = scope["request_id"] = _request_id(scope) or self._new_id("req")
         scope["app"] = self  # the router raises its 404 and 405 only inside an application
         REQUEST_ID.set(request_id)
@@ -460,11 +408,8 @@ class Outermost:
 
 def _request_id(scope: Scope) -> str | None:
     """The client's own id, when it is fit for a header and a log."""
-    for name, value in scope["headers"]:
-        text: str = value.decode("latin-1")
-        if name == b"x-request-id" and CLIENT_REQUEST_ID.match(text):
-            return text
-    return None
+    given = header(scope, b"x-request-id")
+    return given if given and CLIENT_REQUEST_ID.match(given) else None
 
 
 async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -474,20 +419,6 @@ async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.http.response.body", "body": b""})
     else:
         await send({"type": "websocket.close"})
-
-
-class Ids:
-    """Fresh ids: a prefix and 48 hex digits, as on the live API. Random bytes are fetched for many ids at once."""
-
-    def __init__(self) -> None:
-        self._pool = b""
-        self._used = 0
-
-    def __call__(self, prefix: str) -> str:
-        if self._used >= len(self._pool):
-            self._pool, self._used = os.urandom(24 * 256), 0
-        self._used += 24
-        return f"{prefix}_{self._pool[self._used - 24 : self._used].hex()}"
 
 
 # -- the application ---------------------------------------------------------------------------------------------------
@@ -521,6 +452,16 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
 
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the handlers work with."""
+
+    turns: Turns
+    stored: Stored
+    once: Once
+    owners: Owners
+
+
 @contextlib.asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
     """The application with everything it needs open. Raises: SettingsError."""
@@ -528,27 +469,62 @@ async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
         raise SettingsError(
             "no upstream: give --upstream URL, [[upstream]] in the settings file or RESPONSES_PROXY_UPSTREAM__BASE_URL"
         )
-    upstreams = Upstreams(settings.upstream)
-    looking = asyncio.create_task(upstreams.look())
+    async with contextlib.AsyncExitStack() as stack:
+        store = await opened_store(settings, stack)
+        upstreams = Upstreams(settings.upstream)
+        stack.push_async_callback(upstreams.close)
+        sources = Sources(time.time, Ids(time.time))
+        leases = Leases(store, sources)
+        stack.push_async_callback(leases.close)
+        services = await make_services(settings, upstreams, leases, sources)
+        for work in (upstreams.look(), purge_again_and_again(store, settings.store, sources)):
+            stack.push_async_callback(ended, asyncio.create_task(work))
+        yield Outermost(Edge(settings, services), sources.new_id)
+
+
+async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> Store:
+    """Raises: SettingsError."""
     try:
-        yield build_app(settings, upstreams)
-    finally:
-        looking.cancel()
-        await asyncio.wait({looking})
-        await upstreams.close()
+        store = await open_store(settings.store)
+    except StoreError as error:
+        raise SettingsError(f"store.path: {error.message}") from error
+    stack.push_async_callback(store.close)
+    return store
 
 
-def build_app(settings: Settings, upstreams: Upstreams) -> ASGIApp:
-    """Routes and error handlers around one set of backends."""
-    ids = Ids()
-    turns = Turns(upstreams, settings.turns, settings.reasoning, Sources(time.time, ids))
-    return Outermost(Edge(settings, turns), ids)
+async def make_services(settings: Settings, upstreams: Upstreams, leases: Leases, sources: Sources) -> Services:
+    """Raises: SettingsError."""
+    path, store = settings.store.path, leases.store
+    try:
+        seals = Seals(load_keys(settings.sealing, None if path == IN_MEMORY else Path(f"{path}.key")))
+        owners = Owners(settings.auth, await store.secret("owner"))
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error
+    turns = Turns(Means(upstreams, leases, seals, sources), settings.turns, settings.reasoning)
+    stored = Stored(store, sources, settings.limits, settings.turns.conversation_wait_s)
+    return Services(turns, stored, Once(leases), owners)
 
 
-def settings_of_environ() -> Settings:
-    """What `uvicorn proxy:app` runs with."""
-    path = os.environ.get("RESPONSES_PROXY_CONFIG")
-    return load_settings(Path(path) if path else None, os.environ, {})
+async def ended(task: asyncio.Task[None]) -> None:
+    """Cancels a task of the application and waits for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def purge_again_and_again(store: Store, settings: StoreSettings, sources: Sources) -> None:
+    while True:
+        with contextlib.suppress(StoreError):
+            await purge(store, settings, sources.clock())
+        await asyncio.sleep(PURGE_EVERY_S)
+
+
+async def purge(store: Store, settings: StoreSettings, now: float) -> Purged:
+    """Forgets what is older than `retention_days`; 0 keeps everything. Raises: StoreError."""
+    before_at = now - settings.retention_days * 86_400 if settings.retention_days else 0.0
+    purged = await store.purge(before_at, now)
+    if purged.responses:
+        log.info("purged %d responses, gave back %d bytes", purged.responses, purged.freed_bytes)
+    return purged
 
 
 app = Application(settings_of_environ)
@@ -557,16 +533,25 @@ app = Application(settings_of_environ)
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
+COMMANDS = ("serve", "check", "purge", "key")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="responses-proxy", description="The Responses API in front of any chat-completions backend."
     )
-    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="serve is the default")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="serve", help="serve is the default")
     parser.add_argument("--upstream", metavar="URL", help="base URL of the backend, e.g. http://localhost:11434/v1")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080)")
     parser.add_argument("--config", metavar="FILE", help="settings file, see config.example.toml")
-    parser.add_argument("--store", metavar="FILE", help="refused: this version stores nothing yet")
+    parser.add_argument(
+        "--store",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="file that keeps responses (responses.db), or :memory:; `check --store` looks for damage in it",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     return parser.parse_args(argv)
 
@@ -580,11 +565,11 @@ def version() -> str:
 
 def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """The settings of a command line. Raises: SettingsError."""
-    if args.store:
-        raise SettingsError("--store: this version stores nothing yet; leave it out")
     server = {key: value for key in ("host", "port") if (value := getattr(args, key)) is not None}
     upstream = {"base_url": args.upstream} if args.upstream else {}
-    flags = {name: values for name, values in (("server", server), ("upstream", upstream)) if values}
+    store = {"path": args.store} if args.store else {}
+    given = (("server", server), ("upstream", upstream), ("store", store))
+    flags = {name: values for name, values in given if values}
     path = args.config or environ.get("RESPONSES_PROXY_CONFIG")
     return load_settings(Path(path) if path else None, environ, flags)
 
@@ -627,8 +612,16 @@ def serve(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)  # the server raises the signal once more when it has stopped
     server = uvicorn.Server(server_config(settings))
+    collect_rarely()
     server.run()
     return 0 if server.started else 1
+
+
+def collect_rarely() -> None:
+    """With many requests at once, the default thresholds have the collector walk over living requests all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _stop(number: int, frame: object) -> None:
@@ -643,6 +636,29 @@ async def check(settings: Settings) -> int:
     finally:
         await upstreams.close()
     return 0 if found and all(found) else 1
+
+
+async def check_store(settings: Settings) -> int:
+    """Prints what is damaged in the store; 1 when something is."""
+    async with contextlib.AsyncExitStack() as stack:
+        problems = await (await opened_store(settings, stack)).problems()
+    print("\n".join(problems) or f"{settings.store.path}: ok")
+    return 1 if problems else 0
+
+
+async def purge_once(settings: Settings) -> int:
+    """The command `purge`, for a timer of the system."""
+    async with contextlib.AsyncExitStack() as stack:
+        purged = await purge(await opened_store(settings, stack), settings.store, time.time())
+    print(f"{settings.store.path}: {purged.responses} responses purged, {purged.freed_bytes} bytes given back")
+    return 0
+
+
+def print_key(settings: Settings) -> int:
+    """The command `key`: a fresh client key, shown this once, and its line for the section [auth.keys]."""
+    key, hashed = new_key()
+    print(f'for the client:    {key}\nfor [auth.keys]:   name = "{hashed}"')
+    return 0
 
 
 async def _check_one(upstream: Upstream) -> bool:
@@ -664,15 +680,27 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = settings_of_args(args, os.environ)
-        if not settings.upstream:
-            raise SettingsError("no upstream: give --upstream URL or [[upstream]] in the settings file")
+        start_logging(settings.server.log_level)
+        return run_command(args, settings)
     except SettingsError as error:
         print(f"responses-proxy: {error}", file=sys.stderr)
         return 2
-    start_logging(settings.server.log_level)
-    if args.command == "check":
-        return asyncio.run(check(settings))
-    return serve(settings)
+    except StoreError as error:
+        print(f"responses-proxy: {error.message}", file=sys.stderr)
+        return 1
+
+
+def run_command(args: argparse.Namespace, settings: Settings) -> int:
+    """The exit code of a command. Raises: SettingsError, StoreError."""
+    if args.command == "key":
+        return print_key(settings)
+    if args.command == "purge" or (args.command == "check" and args.store is not None):
+        if not Path(settings.store.path).is_file():
+            raise SettingsError(f"store.path: there is no file '{settings.store.path}'")
+        return asyncio.run(purge_once(settings) if args.command == "purge" else check_store(settings))
+    if not settings.upstream:
+        raise SettingsError("no upstream: give --upstream URL or [[upstream]] in the settings file")
+    return asyncio.run(check(settings)) if args.command == "check" else serve(settings)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from errors import InvalidRequest, MissingParameter, ProxyError, UnsupportedPara
 
 Json = dict[str, Any]
 
-Fate = Literal["sent", "translated", "kept", "emulated", "needs the store", "refused", "left out"]
+Fate = Literal["sent", "translated", "kept", "emulated", "refused", "left out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ REQUEST_FIELDS: dict[str, Field] = {
     "parallel_tool_calls": Field("emulated", "sent where the backend knows it; when off, only the first call is kept"),
     "text": Field("translated", "`format` as `response_format`; `verbosity` where the backend knows it"),
     "reasoning": Field("translated", "`effort` where the backend knows it; `summary` is always given"),
-    "include": Field("emulated", "`message.output_text.logprobs`; the others belong to hosted tools"),
+    "include": Field("emulated", "logprobs and `reasoning.encrypted_content`; the others belong to hosted tools"),
     "top_logprobs": sent("top_logprobs", "when `include` asks for logprobs"),
     "stream": Field("emulated", "server-sent events of our own"),
     "stream_options": Field("kept", "nothing is obfuscated"),
@@ -58,11 +58,11 @@ REQUEST_FIELDS: dict[str, Field] = {
     "prompt_cache_retention": Field("kept", "echoed"),
     "prompt_cache_options": Field("kept", "caching is the backend's own"),
     "user": Field("kept", "echoed"),
-    "store": Field("kept", "nothing is stored yet, and the response says `store: false`"),
+    "store": Field("emulated", "on unless false; `false` leaves nothing on disk"),
     "truncation": Field("kept", "`auto` is left out and named"),
-    "previous_response_id": Field("needs the store", "400"),
-    "conversation": Field("needs the store", "400"),
-    "background": Field("needs the store", "400 when true"),
+    "previous_response_id": Field("emulated", "the chain's items come before `input`; any response can be continued"),
+    "conversation": Field("emulated", "its items come before `input`; input and output join it"),
+    "background": Field("refused", "not in this version yet; 400 when true"),
     "prompt": Field("refused", "stored prompt templates live at OpenAI; 400"),
     "context_management": Field("left out", "named"),
     "moderation": Field("left out", "named"),
@@ -159,8 +159,15 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.input or []
 
     @property
-    def wants_logprobs(self) -> bool:
-        return "message.output_text.logprobs" in (self.include or ())
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
+    def conversation_id(self) -> str | None:
+        return self.conversation["id"] if isinstance(self.conversation, dict) else self.conversation
+
+    def includes(self, name: str) -> bool:
+        return name in (self.include or ())
 
 
 @dataclass(frozen=True)
@@ -257,8 +264,8 @@ def _check_input(request: TurnRequest, limits: RequestLimits) -> None:
             raise InvalidRequest(f"Invalid '{name}': more than {limit} elements.", param=name)
 
 
-def _check_metadata(request: TurnRequest, limits: RequestLimits) -> None:
-    metadata = request.metadata or {}
+def check_metadata(metadata: dict[str, str]) -> None:
+    """Raises: InvalidRequest."""
     if len(metadata) > 16:
         raise InvalidRequest("Invalid 'metadata': at most 16 keys.", param="metadata")
     for key, value in metadata.items():
@@ -310,7 +317,7 @@ def _check_ids(request: TurnRequest, limits: RequestLimits) -> None:
     for name, prefix in ID_PREFIXES.items():
         value = getattr(request, name)
         given = value.get("id") if isinstance(value, dict) else value
-        if value is not None and not str(given).startswith(prefix):
+        if value is not None and not (isinstance(given, str) and given.startswith(prefix)):
             raise InvalidRequest(
                 f"Invalid '{name}': {str(given)[:64]!r}. Expected an ID that begins with '{prefix}'.",
                 param=name,
@@ -318,25 +325,20 @@ def _check_ids(request: TurnRequest, limits: RequestLimits) -> None:
             )
 
 
-def _check_stored(request: TurnRequest, limits: RequestLimits) -> None:
-    for name in ("previous_response_id", "conversation", "background"):
-        if getattr(request, name):
-            raise UnsupportedParameter(
-                f"'{name}' needs stored responses, which this version does not have yet; send the whole history in "
-                "'input'.",
-                param=name,
-            )
+def _check_background(request: TurnRequest, limits: RequestLimits) -> None:
+    if request.background:
+        raise UnsupportedParameter("'background' is not in this version yet.", param="background")
 
 
 CHECKS = (
     _check_input,
-    _check_metadata,
+    lambda request, limits: check_metadata(request.metadata or {}),
     lambda request, limits: check_format(request.text, "text"),
     _check_stream_options,
     _check_prompt,
     _check_exclusive,
     _check_ids,
-    _check_stored,
+    _check_background,
 )
 
 
@@ -345,7 +347,7 @@ def echo(request: TurnRequest) -> Json:
     reasoning = request.reasoning or Reasoning()
     return {
         "background": bool(request.background),
-        "conversation": None,
+        "conversation": {"id": request.conversation_id} if request.conversation else None,
         "frequency_penalty": request.frequency_penalty or 0.0,
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
@@ -360,7 +362,7 @@ def echo(request: TurnRequest) -> Json:
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary or reasoning.generate_summary},
         "safety_identifier": request.safety_identifier,
         "service_tier": request.service_tier or "auto",
-        "store": False,
+        "store": request.is_stored,
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": _echo_text(request.text),
         "tool_choice": request.tool_choice or "auto",

@@ -52,6 +52,8 @@ class StreamPlan(msgspec.Struct, frozen=True):
     parallel: bool = True
     expose: Literal["summary", "text", "none"] = "summary"
     think: Think = "auto"
+    # Of a reasoning item: id, text and details -> `encrypted_content`. None: the client does not need it.
+    seal: Callable[[str, str, list[Json]], str] | None = None
     # Asked only when the backend gives no usage.
     estimate_input_tokens: Callable[[], int] = int
 
@@ -376,8 +378,11 @@ class ResponseStream:
             ended["summary"] = [{"type": "summary_text", "text": item.text()}]
         elif item.part == "text":
             ended["content"] = [{"type": "reasoning_text", "text": item.text()}]
-        if self._details:
-            ended["reasoning_details"], self._details = self._details, []
+        details, self._details = self._details, []
+        if details and self._plan.expose != "none":
+            ended["reasoning_details"] = details
+        if self._plan.seal:
+            ended["encrypted_content"] = self._plan.seal(item.item["id"], item.text(), details)
         return ended
 
     def _done(self, item: _Item, ended: Json) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from dialects import Dialect
+from dialects import GENERIC, Dialect
 from errors import InvalidRequest, UnsupportedItem
 from items import ITEMS, At, Called, Content, Piece, Returned, Thought, item_type
 from request import Reasoning, Text, TurnRequest, check_format, invalid
@@ -217,11 +217,13 @@ class Rendered(msgspec.Struct, frozen=True):
 def render(request: TurnRequest, items: list[Json], dialect: Dialect, model: str) -> Rendered:
     """The chat request body, `stream` aside.
 
-    items: the window, oldest first. Raises: InvalidRequest with the path of what is wrong.
+    items: the window, oldest first, which ends with the request's own. Raises: InvalidRequest with the path of what is
+    wrong.
     """
     ignored = list(request.unused)
-    toolbox = _toolbox(request, items)
-    pieces, left_out = _pieces(items, dialect, toolbox)
+    paths = _paths(request, items)
+    toolbox = _toolbox(request, items, paths)
+    pieces, left_out = _pieces(items, paths, dialect, toolbox)
     outputs = pair_outputs(pieces)
     messages = lead_with_system(group_messages(pieces, outputs, dialect), request.instructions, dialect)
     if dialect.merge_neighbours:
@@ -231,11 +233,26 @@ def render(request: TurnRequest, items: list[Json], dialect: Dialect, model: str
     body: Json = {"model": model, "messages": messages}
     ignored += left_out + toolbox.left_out
     ignored += _add_tools(body, request, toolbox, dialect)
-    effective = configured(request, items)
+    effective = configured(request, items, paths)
     for add in (_add_sampling, _add_logprobs, _add_modes, _add_format, _add_effort):
         ignored += add(body, effective, dialect)
     call_ids = frozenset(piece.call_id for piece in pieces if isinstance(piece, Called))
     return Rendered(body, toolbox.refs, call_ids, tuple(ignored))
+
+
+def check_items(items: list[Json], root: str) -> None:
+    """Raises: InvalidRequest for an item that no request could render, with its path below `root`."""
+    request = TurnRequest(model="")
+    paths = [f"{root}[{index}]" for index in range(len(items))]
+    _pieces(items, paths, GENERIC, _toolbox(request, items, paths))
+    configured(request, items, paths)
+
+
+def _paths(request: TurnRequest, items: list[Json]) -> list[str]:
+    """Where each item stands for the client: in its input, or in the history before it."""
+    own = 1 if isinstance(request.input, str) else len(request.input or ())
+    earlier = len(items) - own
+    return [f"input[{i - earlier}]" if i >= earlier else f"history[{i}]" for i in range(len(items))]
 
 
 class ConfigurationUpdate(msgspec.Struct, frozen=True):
@@ -245,15 +262,14 @@ class ConfigurationUpdate(msgspec.Struct, frozen=True):
     text: Text | None = None
 
 
-def configured(request: TurnRequest, items: list[Json]) -> TurnRequest:
+def configured(request: TurnRequest, items: list[Json], paths: list[str]) -> TurnRequest:
     """The request with the newest word of the `configuration_update` items. Raises: InvalidRequest."""
     if not any(item.get("type") == "configuration_update" for item in items):
         return request
     text, reasoning = request.text or Text(), request.reasoning or Reasoning()
-    for index, item in enumerate(items):
+    for path, item in zip(paths, items, strict=True):
         if item.get("type") != "configuration_update":
             continue
-        path = f"input[{index}]"
         try:
             update = msgspec.convert(item, ConfigurationUpdate)
         except msgspec.ValidationError as error:
@@ -266,11 +282,11 @@ def configured(request: TurnRequest, items: list[Json]) -> TurnRequest:
     return msgspec.structs.replace(request, text=text, reasoning=reasoning)
 
 
-def has_files(request: TurnRequest) -> bool:
+def has_files(items: list[Json]) -> bool:
     """Whether rendering has a file to read, which can take long."""
     return any(
         part.get("type") == "input_file"
-        for item in request.items
+        for item in items
         for key in ("content", "output")
         if isinstance(item.get(key), list)
         for part in item[key]
@@ -278,25 +294,24 @@ def has_files(request: TurnRequest) -> bool:
     )
 
 
-def _toolbox(request: TurnRequest, items: list[Json]) -> Toolbox:
+def _toolbox(request: TurnRequest, items: list[Json], paths: list[str]) -> Toolbox:
     toolbox = Toolbox()
     tools = request.tools or []
     searching = searches_on_client(tools)
     declare_tools(toolbox, tools, "tools", skip_deferred=searching)
-    for index, item in enumerate(items):
+    for path, item in zip(paths, items, strict=True):
         if item.get("type") in ("additional_tools", "tool_search_output"):
-            found = required(item, "tools", f"input[{index}]", list)
+            found = required(item, "tools", path, list)
             searching = searching or searches_on_client(found)
             waiting = searching and item["type"] == "additional_tools"
-            declare_tools(toolbox, found, f"input[{index}].tools", skip_deferred=waiting)
+            declare_tools(toolbox, found, f"{path}.tools", skip_deferred=waiting)
     return toolbox
 
 
-def _pieces(items: list[Json], dialect: Dialect, toolbox: Toolbox) -> tuple[list[Piece], list[str]]:
+def _pieces(items: list[Json], paths: list[str], dialect: Dialect, toolbox: Toolbox) -> tuple[list[Piece], list[str]]:
     pieces: list[Piece] = []
     left_out: list[str] = []
-    for index, item in enumerate(items):
-        path = f"input[{index}]"
+    for path, item in zip(paths, items, strict=True):
         kind = item_type(item)
         row = ITEMS.get(kind)
         if row is None:
@@ -356,7 +371,7 @@ def _add_sampling(body: Json, request: TurnRequest, dialect: Dialect) -> list[st
 
 def _add_logprobs(body: Json, request: TurnRequest, dialect: Dialect) -> list[str]:
     """`top_logprobs` without `logprobs` is an error on vLLM and llama.cpp, so neither goes out unless asked for."""
-    if not request.wants_logprobs:
+    if not request.includes("message.output_text.logprobs"):
         return []
     if not dialect.logprobs:
         return ["include=message.output_text.logprobs"]
@@ -368,9 +383,7 @@ def _add_logprobs(body: Json, request: TurnRequest, dialect: Dialect) -> list[st
 
 # Settings that would change something, and that nothing here can honour yet: named when they are asked for.
 UNHONOURED: tuple[tuple[str, Callable[[TurnRequest], Any]], ...] = (
-    ("store", lambda request: request.store),
     ("truncation", lambda request: request.truncation == "auto"),
-    ("include=reasoning.encrypted_content", lambda request: "reasoning.encrypted_content" in (request.include or ())),
     ("reasoning.mode", lambda request: request.reasoning and request.reasoning.mode),
     ("reasoning.context", lambda request: request.reasoning and request.reasoning.context == "current_turn"),
 )

@@ -1,6 +1,7 @@
-"""One turn, the same code for plain and streamed: render the window, call the backend, translate its answer.
+"""One turn, the same code for plain and streamed: find what it continues, render the window, call the backend,
+translate its answer, save, and only then say completed.
 
-May not know the HTTP framework. The clock and ids are handed in.
+May not know the HTTP framework or SQL. The clock and ids are handed in.
 """
 
 from __future__ import annotations
@@ -11,13 +12,22 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+import msgspec
 import orjson
 
+from auth import Caller
 from errors import InvalidRequest, ProxyError, UpstreamBroken
+from history import HISTORY, sealable
+from leases import Leases
+from past import REASONING, Past, Pasts
+from records import identified, new_turn
 from request import TurnRequest, echo, refuse_unused
+from sealing import Seals
+from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
 from translation import Rendered, has_files, render
 from upstream import ChatStream, Upstream, Upstreams
+from verbs import FirstUse, ItemIds, Store
 
 log = logging.getLogger("responses_proxy.turns")
 
@@ -30,61 +40,98 @@ class TurnSettings:
     """The section `[turns]`."""
 
     created_after_ms: int = 100
+    conversation_wait_s: float = 2.0
     strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """Where time and ids come from."""
+class Means:
+    """What turns are made with."""
 
-    clock: Callable[[], float]
-    new_id: Callable[[str], str]
+    upstreams: Upstreams
+    leases: Leases
+    seals: Seals
+    sources: Sources
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A validated request, who sent it, and the Idempotency-Key that it is the first use of."""
+
+    request: TurnRequest
+    caller: Caller
+    first_use: FirstUse | None = None
 
 
 class Turns:
     """Makes turns out of validated requests."""
 
-    def __init__(
-        self, upstreams: Upstreams, settings: TurnSettings, reasoning: ReasoningSettings, sources: Sources
-    ) -> None:
-        self._upstreams = upstreams
+    def __init__(self, means: Means, settings: TurnSettings, reasoning: ReasoningSettings) -> None:
+        self._means = means
         self._settings = settings
         self._reasoning = reasoning
-        self._sources = sources
+        self._pasts = Pasts(means.leases, means.seals, settings.conversation_wait_s)
 
-    async def prepare(self, request: TurnRequest) -> Turn:
-        """A turn ready to be run. Raises: InvalidRequest."""
-        upstream, model = self._upstreams.route(request.model)
+    async def prepare(self, asked: Asked) -> Turn:
+        """A turn ready to be run; `close` it in every case. Raises: InvalidRequest, NotFound, StoreError."""
+        response_id = self._means.sources.new_id("resp")
+        past = await self._pasts.of(asked.request, asked.caller.owner)
+        try:
+            return await self._prepared(asked, past, response_id)
+        except BaseException:
+            await past.release()
+            raise
+
+    async def _prepared(self, asked: Asked, past: Past, response_id: str) -> Turn:
+        request = asked.request
+        upstream, model = self._means.upstreams.route(request.model)
         dialect = await upstream.dialect()
-        items = request.items
-        if has_files(request):
-            rendered = await asyncio.to_thread(render, request, items, dialect, model)
+        if has_files(past.window):
+            rendered = await asyncio.to_thread(render, request, past.window, dialect, model)
         else:
-            rendered = render(request, items, dialect, model)
+            rendered = render(request, past.window, dialect, model)
         if not rendered.body["messages"]:
             raise InvalidRequest("Invalid 'input': nothing in it is for the model.", param="input")
-        if rendered.ignored and self._settings.strict:
-            raise refuse_unused(rendered.ignored)
+        ignored = rendered.ignored + past.left_out
+        if self._settings.strict and (refused := tuple(name for name in ignored if not name.startswith(HISTORY))):
+            raise refuse_unused(refused)
         if request.stream:
             rendered.body["stream"] = True
             if dialect.stream_usage:
                 rendered.body["stream_options"] = {"include_usage": True}
-        return Turn(upstream, rendered, self._machine(request, rendered, upstream), self._settings)
+        plan = self._plan(asked, rendered, upstream)
+        item_ids = ItemIds(response_id)
+        machine = ResponseStream(self._begun(request, response_id), plan, item_ids, self._means.sources.clock)
+        keeper = Keeper(self._means.leases.store, asked, past, item_ids) if request.is_stored else None
+        call = Call(upstream, rendered.body, asked.caller.bearer, self._settings.created_after_ms / 1000)
+        return Turn(call, machine, past, keeper, ignored)
 
-    def _machine(self, request: TurnRequest, rendered: Rendered, upstream: Upstream) -> ResponseStream:
-        plan = StreamPlan(
+    def _plan(self, asked: Asked, rendered: Rendered, upstream: Upstream) -> StreamPlan:
+        request = asked.request
+        return StreamPlan(
             refs=rendered.refs,
             taken_call_ids=rendered.call_ids,
-            logprobs=request.wants_logprobs,
+            logprobs=request.includes("message.output_text.logprobs"),
             parallel=request.parallel_tool_calls is not False,
             expose=self._reasoning.expose,
             think=upstream.settings.think,
+            seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(rendered.body)) // BYTES_PER_TOKEN,
         )
-        response: Json = {
-            "id": self._sources.new_id("resp"),
+
+    def _carries_reasoning(self, request: TurnRequest) -> bool:
+        """Who keeps the history has to keep reasoning that is not shown, too: a stateless client, or our own store."""
+        is_hidden = self._reasoning.expose == "none"
+        return is_hidden or not request.is_stored or request.includes("reasoning.encrypted_content")
+
+    def _seal_of(self, owner: str) -> Callable[[str, str, list[Json]], str]:
+        seals = self._means.seals
+        return lambda item_id, text, details: seals.seal(REASONING, owner, item_id, sealable(text, details))
+
+    def _begun(self, request: TurnRequest, response_id: str) -> Json:
+        return {
+            "id": response_id,
             "object": "response",
-            "created_at": int(self._sources.clock()),
+            "created_at": int(self._means.sources.clock()),
             "completed_at": None,
             "status": "in_progress",
             "error": None,
@@ -92,40 +139,77 @@ class Turns:
             "usage": None,
             **echo(request),
         }
-        return ResponseStream(response, plan, self._sources.new_id, self._sources.clock)
+
+
+class Keeper(msgspec.Struct, frozen=True):
+    """Puts the response of one turn into the store."""
+
+    store: Store
+    asked: Asked
+    past: Past
+    item_ids: ItemIds
+
+    async def keep(self, response: Json) -> None:
+        """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
+        inputs = identified(self.past.own, self.item_ids)
+        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request)
+        lock = self.past.lease.lock if self.past.lease and not turn.is_detached else None
+        first_use = None if turn.is_detached else self.asked.first_use
+        if lock or first_use:
+            turn = msgspec.structs.replace(turn, lock=lock, first_use=first_use)
+        await self.store.save(turn)
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A chat request on its way to a backend. `bearer` is the client's own key, where it is passed on."""
+
+    upstream: Upstream
+    body: Json
+    bearer: str | None
+    created_after_s: float
 
 
 class Turn:
     """One call of a backend and the response it becomes; `ignored` names what was left out of the request."""
 
-    def __init__(self, upstream: Upstream, rendered: Rendered, machine: ResponseStream, settings: TurnSettings) -> None:
-        self.ignored = rendered.ignored
-        self._upstream = upstream
-        self._body = rendered.body
+    def __init__(
+        self, call: Call, machine: ResponseStream, past: Past, keeper: Keeper | None, ignored: tuple[str, ...]
+    ) -> None:
+        self.ignored = ignored
+        self._call = call
         self._machine = machine
-        self._settings = settings
+        self._past = past
+        self._keeper = keeper
         self._accepting: asyncio.Task[ChatStream] | None = None
         self._is_told = False
 
     async def run(self) -> Json:
-        """The finished response of a plain turn. Raises: UpstreamError."""
-        self._machine.feed(await self._upstream.complete(self._body))
-        self._machine.close()
-        return self._machine.snapshot()
+        """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
+        try:
+            call = self._call
+            self._machine.feed(await call.upstream.complete(call.body, call.bearer))
+            self._machine.close()
+            response = self._machine.snapshot()
+            if self._keeper is not None:
+                await self._keeper.keep(response)
+            return response
+        finally:
+            await self._past.release()
 
     async def accept(self) -> None:
         """Calls the backend and waits for its word, but no longer than `created_after_ms`.
 
         Raises: UpstreamError when the backend refuses at once. After that, failures are events.
         """
-        self._accepting = asyncio.create_task(self._upstream.stream(self._body))
+        call = self._call
+        self._accepting = asyncio.create_task(call.upstream.stream(call.body, call.bearer))
         try:
-            done, _ = await asyncio.wait({self._accepting}, timeout=self._settings.created_after_ms / 1000)
-        except asyncio.CancelledError:
+            done, _ = await asyncio.wait({self._accepting}, timeout=call.created_after_s)
+            if done and self._accepting.exception():
+                self._accepting.result()
+        except BaseException:
             await self.close()
             raise
-        if done and self._accepting.exception():
-            self._accepting.result()
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of an accepted turn in batches; the last one is terminal, whatever happens."""
@@ -136,10 +220,10 @@ class Turn:
                     yield batch
         except ProxyError as error:
             log.warning("turn failed: %s", error.message)
-            yield self.fail(error)
+            yield await self._failed(error)
         except Exception:
             log.exception("turn failed on a fault of this proxy")
-            yield self.fail(ProxyError("The proxy failed while it translated the answer."))
+            yield await self._failed(ProxyError("The proxy failed while it translated the answer."))
         finally:
             await self.close()
 
@@ -155,9 +239,29 @@ class Turn:
                 yield events
         if not stream.done and not machine.ended:
             raise UpstreamBroken("The backend closed its stream before the answer was finished.")
-        last = machine.close() + machine.finish()
+        yield await self._finished()
+
+    async def _finished(self) -> list[Event]:
+        """The last events, once the response is in the store; a response that cannot be kept has failed."""
+        last = self._machine.close()
+        if self._keeper is not None:
+            try:
+                await self._keeper.keep(self._machine.snapshot())
+            except ProxyError as error:
+                log.warning("turn could not be kept: %s", error.message)
+                return last + self.fail(error)
         self._is_told = True
-        yield last
+        return last + self._machine.finish()
+
+    async def _failed(self, error: ProxyError) -> list[Event]:
+        """The terminal event, and a record of the failure where one can be kept: clients know the id by now."""
+        last = self.fail(error)
+        if self._keeper is not None:
+            try:
+                await self._keeper.keep(self._machine.snapshot())
+            except ProxyError as failure:
+                log.warning("a failed turn could not be kept: %s", failure.message)
+        return last
 
     def fail(self, error: ProxyError) -> list[Event]:
         """The terminal event of a turn that cannot go on; nothing when one was given before."""
@@ -167,11 +271,11 @@ class Turn:
         return self._machine.fail(error)
 
     async def close(self) -> None:
-        """Lets go of the backend; one that is still generating sees its request closed."""
+        """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
         accepting, self._accepting = self._accepting, None
-        if accepting is None:
-            return
-        accepting.cancel()
-        await asyncio.wait({accepting})
-        if not accepting.cancelled() and accepting.exception() is None:
-            accepting.result().close()
+        if accepting is not None:
+            accepting.cancel()
+            await asyncio.wait({accepting})
+            if not accepting.cancelled() and accepting.exception() is None:
+                accepting.result().close()
+        await self._past.release()

@@ -27,6 +27,7 @@ from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeo
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 
 Json = dict[str, Any]
+Headers = Mapping[str, str]
 log = logging.getLogger("responses_proxy.upstream")
 
 # How long a request waits for the first look at a backend; after that it goes out in the generic dialect.
@@ -246,6 +247,13 @@ class Upstream:
             headers.setdefault("Authorization", f"Bearer {key}")
         return headers
 
+    def _headers_for(self, bearer: str | None) -> CIMultiDict[str]:
+        if bearer is None:
+            return self._headers
+        headers = self._headers.copy()
+        headers["Authorization"] = f"Bearer {bearer}"
+        return headers
+
     # -- what it is ----------------------------------------------------------------------------------------------------
 
     async def dialect(self) -> Dialect:
@@ -269,7 +277,7 @@ class Upstream:
 
     async def probe(self) -> Probe:
         """Asks the backend for its models. Raises: UpstreamError."""
-        asking = self._send("GET", "/models", None)
+        asking = self._send("GET", "/models", None, self._headers)
         answer, listed = await self._read_json(asking, self.settings.connect_timeout_s)
         found = listed.get("data") if isinstance(listed, dict) else None
         entries = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
@@ -290,9 +298,9 @@ class Upstream:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def complete(self, body: Json) -> Json:
-        """The whole answer as one chat completion. Raises: UpstreamError."""
-        _, completion = await self._read_json(self._post(body), self.settings.total_timeout_s)
+    async def complete(self, body: Json, bearer: str | None = None) -> Json:
+        """The whole answer as one chat completion; `bearer` replaces the settings' key. Raises: UpstreamError."""
+        _, completion = await self._read_json(self._post(body, bearer), self.settings.total_timeout_s)
         return self._checked(completion)
 
     async def _read_json(
@@ -319,23 +327,24 @@ class Upstream:
             raise UpstreamGarbled(f"Upstream '{self.settings.name}' answered without a choice.")
         return completion
 
-    async def stream(self, body: Json) -> ChatStream:
+    async def stream(self, body: Json, bearer: str | None = None) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                answer = await self._post(body)
+                answer = await self._post(body, bearer)
         except TimeoutError as error:
             raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
         return ChatStream(answer, self.settings)
 
-    async def _post(self, body: Json) -> aiohttp.ClientResponse:
+    async def _post(self, body: Json, bearer: str | None) -> aiohttp.ClientResponse:
         attempt = 0
+        headers = self._headers_for(bearer)
         tried: list[Mend] = []
         for known in self._mends:
             body = known(body)
         while True:
             try:
-                answer = await self._send("POST", "/chat/completions", orjson.dumps(body))
+                answer = await self._send("POST", "/chat/completions", orjson.dumps(body), headers)
                 self._mends += tried
                 return answer
             except UpstreamError as error:
@@ -359,11 +368,11 @@ class Upstream:
         wait_s = error.retry_after_s or self.settings.retry_backoff_s * 2**attempt
         return wait_s if wait_s <= self.settings.retry_wait_max_s else None
 
-    async def _send(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+    async def _send(self, method: str, path: str, data: bytes | None, headers: Headers) -> aiohttp.ClientResponse:
         """One request up to its headers. Raises: UpstreamError for anything but a 200."""
         where = f"Upstream '{self.settings.name}' at {self._host.authority}"
         try:
-            answer = await self._request(method, path, data)
+            answer = await self._request(method, path, data, headers)
         except aiohttp.ConnectionTimeoutError as error:
             raise UpstreamTimeout(f"{where} cannot be reached in time.") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -372,21 +381,23 @@ class Upstream:
             raise await self._refused(answer)
         return answer
 
-    async def _request(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+    async def _request(self, method: str, path: str, data: bytes | None, headers: Headers) -> aiohttp.ClientResponse:
         """Asks again at once when a connection from the pool turned out to be closed by the backend."""
         try:
-            return await self._request_once(method, path, data)
+            return await self._request_once(method, path, data, headers)
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            return await self._request_once(method, path, data)
+            return await self._request_once(method, path, data, headers)
 
-    async def _request_once(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+    async def _request_once(
+        self, method: str, path: str, data: bytes | None, headers: Headers
+    ) -> aiohttp.ClientResponse:
         return await self._session.request(
             method,
             self._base_url + path,
             data=data if data is None or len(data) < LARGE_BODY_BYTES else io.BytesIO(data),
-            headers=self._headers,
+            headers=headers,
             allow_redirects=False,
             timeout=self._timeout,
         )

@@ -2,6 +2,7 @@
 
 `--mode stream` and `--mode plain` send `--count` requests, `--concurrency` at a time, over kept-alive connections.
 `--mode hold` opens `--count` streams, prints once all have begun, and closes them when its standard input ends.
+`--keep` says what the server is to keep: nothing, every response, or one chain of responses for each connection.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import httptools
 import orjson
@@ -55,12 +56,17 @@ class Exchange:
                 waiter.set_exception(ConnectionError("the server closed the connection"))
                 waiter.exception()
 
-    def text_length(self) -> int:
-        """Characters of output text in the final response, -1 if there is none."""
+    def answer(self) -> dict[str, Any]:
+        """The final response, empty if there is none."""
         events = bytes(self.body).removesuffix(b"data: [DONE]\n\n")
         last = events[events.rfind(b"\ndata: ") + 7 :] if self.created_at else events
-        answer = orjson.loads(last) if self.parser.get_status_code() == 200 else {}
-        answer = answer.get("response", answer)
+        answer: dict[str, Any] = orjson.loads(last) if self.parser.get_status_code() == 200 else {}
+        response: dict[str, Any] = answer.get("response", answer)
+        return response
+
+    def text_length(self) -> int:
+        """Characters of output text in the final response, -1 if there is none."""
+        answer = self.answer()
         texts = [part["text"] for item in answer.get("output", ()) for part in item.get("content", ())]
         return len("".join(texts)) if answer.get("status") == "completed" else -1
 
@@ -92,29 +98,33 @@ async def connect(port: int) -> Connection:
     return connection
 
 
-def request_bytes(stream: bool) -> bytes:
-    body = orjson.dumps({"model": "bench", "input": "Say some words.", "stream": stream, "store": False})
+def request_bytes(given: argparse.Namespace, previous_id: str | None = None) -> bytes:
+    fields = {"model": "bench", "input": "Say some words."}
+    if previous_id:
+        fields["previous_response_id"] = previous_id
+    body = orjson.dumps({**fields, "stream": given.mode != "plain", "store": given.keep != "nothing"})
     headers = b"host: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
     return b"POST /v1/responses HTTP/1.1\r\n" + headers + body
 
 
-async def work(port: int, request: bytes, count: int) -> list[Exchange]:
-    connection = await connect(port)
+async def work(given: argparse.Namespace) -> list[Exchange]:
+    connection, request = await connect(given.port), request_bytes(given)
     done: list[Exchange] = []
-    for _ in range(count):
+    for _ in range(given.count // given.concurrency):
         if connection.transport.is_closing():
-            connection = await connect(port)
+            connection = await connect(given.port)
         exchange = connection.send(request)
         await exchange.finished
         done.append(exchange)
+        if given.keep == "chains":
+            request = request_bytes(given, exchange.answer().get("id"))
     connection.transport.close()
     return done
 
 
 async def drive(given: argparse.Namespace) -> None:
-    request, share = request_bytes(given.mode == "stream"), given.count // given.concurrency
     async with asyncio.timeout(DEADLINE_S):
-        workers = await asyncio.gather(*(work(given.port, request, share) for _ in range(given.concurrency)))
+        workers = await asyncio.gather(*(work(given) for _ in range(given.concurrency)))
     print(orjson.dumps(summary([exchange for done in workers for exchange in done])).decode())
 
 
@@ -139,7 +149,7 @@ def median_delay_ms(times: list[tuple[float, float]]) -> float | None:
 async def hold(given: argparse.Namespace) -> None:
     async with asyncio.timeout(DEADLINE_S):
         connections = [await connect(given.port) for _ in range(given.count)]
-        exchanges = [connection.send(request_bytes(stream=True)) for connection in connections]
+        exchanges = [connection.send(request_bytes(given)) for connection in connections]
         await asyncio.gather(*(exchange.begun for exchange in exchanges))
     print(orjson.dumps({"requests": len(exchanges), "failed": 0}).decode(), flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -151,6 +161,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--port", type=int, required=True)
     flags.add_argument("--mode", choices=("stream", "plain", "hold"), required=True)
+    flags.add_argument("--keep", choices=("nothing", "turns", "chains"), default="nothing")
     flags.add_argument("--concurrency", type=int, default=1)
     flags.add_argument("--count", type=int, required=True)
     given = flags.parse_args()

@@ -1,7 +1,9 @@
-"""What the proxy costs beside a bare relay doing the same work in the same run: `bench/run.py [SECTION...]`.
+"""What the proxy costs beside a bare relay doing the same work in the same run, and what its store costs:
+`bench/run.py [SECTION...]`.
 
 Both servers get the same requests from the same load generator and backend, in alternating rounds; the ratio is the
-median over the rounds. Exits 1 when a bound is broken. A full run of all sections writes RESULTS.md.
+median over the rounds. Nothing is stored in these sections; the others measure the store alone, and the proxy with it
+beside the proxy without. Exits 1 when a bound is broken. A full run of all sections writes RESULTS.md.
 """
 
 import argparse
@@ -18,20 +20,26 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import sub, truediv
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 PROGRAMS = {"relay": "bench/relay.py", "proxy": "proxy.py"}
 START_LIMIT_S = 20
-LOAD_LIMIT_S = 90
+CHILD_LIMIT_S = 90
 WORD_CHARACTERS = 5
 PER_CHUNK_BOUND = 1.6
 PER_REQUEST_BOUND = 2.0
+FILE_BOUND = 1.3
+GROWTH_BOUND = 1.15
+READ_BOUND_MS = 5
+SAVE_BOUND_US = 40
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Plan:
     first_events: int
     idle_rounds: int
     idle_streams: int = 200
+    stored_requests: int = 4000
+    stored_at_once: int = 200
 
 
 FULL = Plan(rounds=15, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=3)
@@ -68,24 +78,37 @@ class Server:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a measure without a counterpart in the relay has neither `relay` nor `ratios`."""
+    """One line of the table; `rounds` holds ratios, or values where the relay has no counterpart: `relay` is None.
+
+    `bound` is on the same: the median of the rounds, or the one value of a measure that has no rounds.
+    """
 
     what: str
     unit: str
     proxy: float
     relay: float | None = None
-    ratios: tuple[float, ...] = ()
+    rounds: tuple[float, ...] = ()
     bound: float | None = None
 
+    @classmethod
+    def of_rounds(cls, what: str, unit: str, rounds: Iterable[float], bound: float | None = None) -> Self:
+        """A measure of the proxy alone."""
+        values = tuple(rounds)
+        return cls(what, unit, statistics.median(values), rounds=values, bound=bound)
+
+    def result(self) -> float:
+        return statistics.median(self.rounds) if self.rounds else self.proxy
+
     def broken(self) -> bool:
-        return self.bound is not None and statistics.median(self.ratios) > self.bound
+        return self.bound is not None and self.result() > self.bound
 
     def cells(self) -> list[str]:
-        relay = "-" if self.relay is None else number(self.relay)
-        ratio = f"**{statistics.median(self.ratios):.2f}**" if self.ratios else "-"
-        rounds = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}" if self.ratios else "-"
+        ratio, proxy, relay = "-", f"**{number(self.proxy)}**", "-"
+        if self.relay is not None:
+            ratio, proxy, relay = f"**{self.result():.2f}**", number(self.proxy), number(self.relay)
+        rounds = f"{number(min(self.rounds))} to {number(max(self.rounds))}" if self.rounds else "-"
         bound = "-" if self.bound is None else f"{self.bound} {'broken' if self.broken() else 'held'}"
-        return [self.what, ratio, rounds, bound, number(self.proxy), relay, self.unit]
+        return [self.what, ratio, rounds, bound, proxy, relay, self.unit]
 
 
 @dataclass(frozen=True)
@@ -138,14 +161,17 @@ def cpu_per_chunk(streams: int, chunks: int) -> Callable[[Server], float]:
 
 
 def plain(bench: Bench) -> list[Row]:
-    count = bench.plan.plain_requests
+    measure = cpu_per_request(bench.plan.plain_requests, 4)
+    return [bench.row("CPU per plain request, 4 at a time", "µs", measure, PER_REQUEST_BOUND)]
 
+
+def cpu_per_request(requests: int, at_once: int, keep: str = "nothing") -> Callable[[Server], float]:
     def measure(server: Server) -> float:
         before = server.cpu_s()
-        load(server, "plain", count, 4)
-        return (server.cpu_s() - before) * 1e6 / count
+        load(server, "plain", requests, at_once, keep)
+        return (server.cpu_s() - before) * 1e6 / requests
 
-    return [bench.row("CPU per plain request, 4 at a time", "µs", measure, PER_REQUEST_BOUND)]
+    return measure
 
 
 def first(bench: Bench) -> list[Row]:
@@ -178,12 +204,69 @@ def idle_kb(bench: Bench, name: str) -> float:
             return (server.rss_kb() - before) / count
 
 
+def chain(bench: Bench) -> list[Row]:
+    depths = storing("chain", bench.plan.rounds)["depths"]
+    sizes = [(at["depth"], at["file_bytes"], at["wire_bytes"]) for at in depths]
+    files = [
+        Row(f"File of a chain, {depth} turns of 2 KB : JSON of its items", "ratio", file_bytes / wire_bytes)
+        for depth, file_bytes, wire_bytes in sizes
+    ]
+    growths = [
+        Row(f"Growth of the file per turn, turns {low + 1} to {high}", "bytes", (after - before) / (high - low))
+        for (low, before, _), (high, after, _) in pairwise(sizes)
+    ]
+    early, late = (growth.proxy for growth in growths)
+    reads = [Row.of_rounds(f"CPU of reading the window, {at['depth']} turns", "ms", at["read_ms"]) for at in depths]
+    decoding = [Row.of_rounds(f"The same with decoding, {at['depth']} turns", "ms", at["decoded_ms"]) for at in depths]
+    return [
+        *files[:-1],
+        replace(files[-1], bound=FILE_BOUND),
+        *growths,
+        Row("Growth per turn, later : earlier", "ratio", late / early, bound=GROWTH_BOUND),
+        *reads[:-1],
+        replace(reads[-1], bound=READ_BOUND_MS),
+        *decoding,
+    ]
+
+
+def save(bench: Bench) -> list[Row]:
+    seen = storing("save", bench.plan.rounds)
+    what = "CPU of the store per saved turn, 200 at a time,"
+    return [
+        Row.of_rounds(f"{what} first turns", "µs", seen["roots_us"], SAVE_BOUND_US),
+        Row.of_rounds(f"{what} turns of chains", "µs", seen["chained_us"], SAVE_BOUND_US),
+    ]
+
+
+def stored(bench: Bench) -> list[Row]:
+    """No bound: a difference of two large values has the noise of both; its rounds lay at 10 to 275 µs in one run."""
+    requests, at_once = bench.plan.stored_requests, bench.plan.stored_at_once
+    measures = [cpu_per_request(requests, at_once, keep) for keep in ("nothing", "turns", "chains")]
+    costs: list[tuple[float, ...]] = []
+    for turn in range(bench.plan.rounds + 1):
+        order = 1 if turn % 2 else -1
+        costs.append(tuple([measure(bench.proxy) for measure in measures[::order]][::order]))
+    bare, kept, chained = zip(*costs[1:], strict=True)  # the first round warms up
+    what = f"CPU per plain request, {at_once} at a time, `store:"
+    depth = requests // at_once
+    return [
+        Row.of_rounds(f"{what} false`", "µs", bare),
+        Row.of_rounds(f"{what} true`", "µs", kept),
+        Row.of_rounds(f"{what} true` : `store: false`", "ratio", map(truediv, kept, bare)),
+        Row.of_rounds(f"{what} true` less `store: false`", "µs", map(sub, kept, bare)),
+        Row.of_rounds(f"{what} true`, in chains of {depth} turns", "µs", chained),
+    ]
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "paced": paced,
     "free": free,
     "plain": plain,
     "first": first,
     "idle": idle,
+    "chain": chain,
+    "save": save,
+    "stored": stored,
 }
 
 
@@ -197,12 +280,23 @@ def load_command(server: Server, mode: str, count: int, concurrency: int) -> lis
     return [*command, "--count", str(count), "--concurrency", str(concurrency)]
 
 
-def load(server: Server, mode: str, count: int, concurrency: int) -> dict[str, Any]:
-    command = load_command(server, mode, count, concurrency)
-    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=LOAD_LIMIT_S, check=True)
-    seen: dict[str, Any] = json.loads(done.stdout)
+def load(server: Server, mode: str, count: int, concurrency: int, keep: str = "nothing") -> dict[str, Any]:
+    seen = printed([*load_command(server, mode, count, concurrency), "--keep", keep])
     if seen["failed"]:
         raise SystemExit(f"{server.name} failed requests: {seen}")
+    return seen
+
+
+def storing(measure: str, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        command = [sys.executable, str(BENCH / "storing.py"), measure, "--folder", folder]
+        return printed([*command, "--rounds", str(rounds)])
+
+
+def printed(command: list[str]) -> dict[str, Any]:
+    """The JSON that a program writes."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=CHILD_LIMIT_S, check=True)
+    seen: dict[str, Any] = json.loads(done.stdout)
     return seen
 
 
@@ -259,8 +353,10 @@ def await_answer(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> 
 def serving(name: str, backend_port: int) -> Iterator[Server]:
     port = free_port()
     command = [PROGRAMS[name], "--upstream", f"http://127.0.0.1:{backend_port}/v1"]
-    with listening(command, port, "/healthz") as process:
-        yield Server(name, port, process)
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        store = ["--store", f"{folder}/responses.db"] if name == "proxy" else []
+        with listening([*command, *store], port, "/healthz") as process:
+            yield Server(name, port, process)
 
 
 def free_port() -> int:
@@ -295,7 +391,7 @@ def measured(bench: Bench, sections: list[str]) -> list[Row]:
 
 
 def number(value: float) -> str:
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return f"{value:.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 
 def table(rows: list[Row]) -> str:
@@ -315,9 +411,17 @@ def report(rows: list[Row]) -> str:
 {table(rows)}
 
 The relay (`bench/relay.py`) is a raw ASGI application on the same server and HTTP client: JSON in and out, no
-validation, no state. CPU is user and system time of the server process alone. Ratios are the median over
-{FULL.rounds} rounds ({FULL.idle_rounds} for memory) in which the two take turns. The columns in µs, ms and KB are
-medians of the same rounds and noisy: compare them within a row, not with another machine or day.
+validation, no state; beside it, the proxy stores nothing either. CPU is user and system time of the server process
+alone. Ratios are the median over {FULL.rounds} rounds ({FULL.idle_rounds} for memory) in which the two take turns. The
+columns in µs, ms and KB are medians of the same rounds and noisy: compare them within a row, not with another machine
+or day.
+
+Rows without a relay are about the store; their bounds and single rounds are of the value itself. Chains and saved turns
+are measured in a process without a server (`bench/storing.py`): a turn is a message of 1 KB, an answer of 1 KB, and all
+else that the proxy keeps of it. A file is measured after it was closed; it has pages of 16 KB, and those of its empty
+tables are counted. Windows are read from a warm cache, {FULL.rounds} rounds of 20 reads. CPU per saved turn is that of
+the whole process, less what it costs to make the turn, measured in the same round. The rows with `store:` are of the
+server process again, with an answer of a few words.
 """
 
 

@@ -21,7 +21,8 @@ import uvicorn
 from openai import AsyncOpenAI
 from scripted import DEADLINE_S, Backend
 
-from proxy import Settings, server_config
+from proxy import server_config
+from settings import Settings
 from upstream import UpstreamSettings
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +46,11 @@ StartApp = Callable[..., Awaitable[App]]
 
 
 def settings_of(backend_url: str, **sections: dict[str, Any]) -> Settings:
-    """Settings for tests: a backend of the generic dialect, and no patience: neither with retries nor at the end."""
+    """Settings for tests: a backend of the generic dialect, no patience with retries or at the end, and no file."""
     upstream = {"dialect": "generic", "retries": 0, "base_url": backend_url} | sections.pop("upstream", {})
     settings = Settings(upstream=(UpstreamSettings(**upstream),))
-    for name, values in {"server": {"shutdown_grace_s": 5.0}, **sections}.items():
+    quick = {"server": {"shutdown_grace_s": 5.0}, "store": {"path": ":memory:"}}
+    for name, values in {**quick, **sections}.items():
         settings = replace(settings, **{name: replace(getattr(settings, name), **values)})
     return settings
 

@@ -24,9 +24,9 @@ UVICORN = ["-m", "uvicorn", "proxy:app", "--port", "0"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Ours without any setting of the proxy that the tests were started with."""
+    """Ours without any setting of the proxy that the tests were started with; nothing is kept in the directory."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RESPONSES_PROXY_")}
-    return {**kept, "PYTHONPATH": str(ROOT), **extra}
+    return {**kept, "PYTHONPATH": str(ROOT), "RESPONSES_PROXY_STORE__PATH": ":memory:", **extra}
 
 
 def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What real clients sent (tests/clients, captured in November 2026) goes through, or is told what it needs."""
+"""What real clients sent (tests/clients, captured in November 2026) goes through, or is told what is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import orjson
 import pytest
+from conftest import App
 from rendering import LIMITS
+from scripted import Backend, Script, plain, plain_call
 
 from dialects import DIALECTS
 from errors import InvalidRequest
@@ -18,7 +20,7 @@ from translation import Rendered, render
 Json = dict[str, Any]
 HERE = Path(__file__).parent / "clients"
 
-# File and line (from 0) -> what the request needs that only a store can give.
+# File and line (from 0) -> what the request needs beside itself: what was stored before, or a part of the API.
 NEEDS_THE_STORE = {
     ("agents", 4): "previous_response_id",
     ("agents", 5): "previous_response_id",
@@ -90,11 +92,79 @@ def test_a_captured_request_is_echoed(body: Json) -> None:
     assert len(body.get("tools") or ()) == len(echoed["tools"])
 
 
-@pytest.mark.parametrize(("where", "what"), NEEDS_THE_STORE.items(), ids=str)
-def test_a_request_that_needs_the_store_is_told_so(where: tuple[str, int], what: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"{what}.* (stored responses|not in this version)") as caught:
+NOT_YET = [(where, what) for where, what in NEEDS_THE_STORE.items() if what in ("compaction", "background")]
+STATEFUL = [where for where in NEEDS_THE_STORE if where not in dict(NOT_YET)]
+
+
+@pytest.mark.parametrize(("where", "what"), NOT_YET, ids=str)
+def test_a_request_for_what_is_not_in_this_version_is_told_so(where: tuple[str, int], what: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{what}.* not in this version") as caught:
         rendered(BODIES[where], "generic")
     assert caught.value.http_status == 400
+
+
+# Type of an output -> the tool whose calls have such an output, and the arguments with which a backend calls it.
+CALLED = {"function_call_output": ("function", "{}"), "custom_tool_call_output": ("custom", '{"input":"echo"}')}
+EARLIER: Json = {"model": "m", "input": "Earlier", "tools": [{"type": t, "name": t} for t, _ in CALLED.values()]}
+
+
+def earlier_answer(body: Json) -> Script:
+    """What the model has to have said before a captured request: the call whose output it brings, or any text."""
+    first = body["input"][0] if isinstance(body["input"], list) else {}
+    if first.get("type") not in CALLED:
+        return plain("Noted.")
+    return plain_call(*CALLED[first["type"]], first["call_id"])
+
+
+async def with_its_past(app: App, backend: Backend, body: Json) -> Json:
+    """A captured request after what it names has been made here, with the ids that this got."""
+    backend.script(earlier_answer(body), plain())
+    conversation = await app.openai.conversations.create()
+    async with app.post({**EARLIER, **({"conversation": conversation.id} if "conversation" in body else {})}) as answer:
+        response = await answer.json()
+    ids = {"previous_response_id": response["id"], "conversation": conversation.id}
+    said = body["input"]
+    if isinstance(said, list):
+        item_id = response["output"][0]["id"]
+        said = [{**item, "id": item_id} if item.get("type") == "item_reference" else item for item in said]
+    return {**body, **{key: given for key, given in ids.items() if key in body}, "input": said}
+
+
+@pytest.mark.parametrize("where", STATEFUL, ids=str)
+async def test_a_captured_request_is_answered_when_what_it_names_exists(
+    app: App, backend: Backend, where: tuple[str, int]
+) -> None:
+    body = await with_its_past(app, backend, BODIES[where])
+    async with app.post(body) as answer:
+        response = await answer.json()
+    assert (answer.status, response.get("status")) == (200, "completed"), response
+    assert response["previous_response_id"] == body.get("previous_response_id")
+    assert response["conversation"] == ({"id": body["conversation"]} if "conversation" in body else None)
+
+
+@pytest.mark.parametrize("where", [where for where in STATEFUL if NEEDS_THE_STORE[where] != "references"], ids=str)
+async def test_a_captured_request_is_told_to_the_backend_after_its_past(
+    app: App, backend: Backend, where: tuple[str, int]
+) -> None:
+    body = await with_its_past(app, backend, BODIES[where])
+    async with app.post(body) as answer:
+        await answer.read()
+    messages = [m for m in backend.requests[-1].body["messages"] if m["role"] != "system"]
+    (question, earlier), new = messages[:2], messages[2:]
+    assert question == {"role": "user", "content": "Earlier"}
+    assert earlier["content"] == ("" if earlier.get("tool_calls") else "Noted.")
+    calls = [call["id"] for call in earlier.get("tool_calls", ())]
+    assert (calls, len(new)) == ([m["tool_call_id"] for m in new if m["role"] == "tool"], len(request_of(body).items))
+
+
+async def test_a_captured_reference_is_told_to_the_backend_as_what_it_names(app: App, backend: Backend) -> None:
+    body = await with_its_past(app, backend, BODIES["ai-sdk", 10])
+    async with app.post(body) as answer:
+        await answer.read()
+    roles = [(message["role"], message["content"]) for message in backend.requests[-1].body["messages"]]
+    question, call, output, reference, last = roles
+    assert (reference, last) == (("assistant", "Noted."), ("user", "thanks, bye"))
+    assert [question[0], call[0], output[0]] == ["user", "assistant", "tool"]
 
 
 def test_codex_is_offered_its_namespaced_tools_under_legal_names() -> None:

@@ -16,7 +16,10 @@ import pytest
 from conftest import App, StartApp, settings_of
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, sse, streamed
 
-from proxy import Application, Ids, Settings, load_settings, read_body
+from proxy import Application, read_body
+from settings import Settings, load_settings
+from sources import Ids
+from stored import STORED_ROUTES
 from streaming import ResponseStream
 
 HI: dict[str, Any] = {"model": "m", "input": "Hi"}
@@ -149,7 +152,7 @@ async def test_a_body_of_many_pieces_is_read_without_copying_it_each_time() -> N
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": piece, "more_body": next(more)}
 
-    assert len(await read_body({"headers": []}, receive, 128 * MIB)) == 128 * MIB
+    assert len(await read_body({"header_values": {}}, receive, 128 * MIB)) == 128 * MIB
 
 
 async def test_a_compressed_body_is_a_400(app: App) -> None:
@@ -213,32 +216,55 @@ async def test_a_wrong_method_is_a_405(app: App, method: str, path: str) -> None
         await error_of(answer, 405)
 
 
+NOT_YET = {("POST", "/responses/compact"), ("POST", "/responses/input_tokens")}
+# Routes that name an object in their path.
+NAMED = [(method, path) for method, path in STORED_ROUTES if "{id}" in path]
+BODY_OF = {
+    ("POST", "/conversations/{id}"): {"metadata": {}},
+    ("POST", "/conversations/{id}/items"): {"items": [{"role": "user", "content": "Hi"}]},
+}
+
+
 @pytest.mark.parametrize("prefix", ["/v1", ""])
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/responses"),
-        ("GET", "/responses/resp_1"),
-        ("DELETE", "/responses/resp_1"),
-        ("POST", "/responses/resp_1/cancel"),
-        ("GET", "/responses/resp_1/input_items"),
-        ("POST", "/responses/compact"),
-        ("POST", "/responses/input_tokens"),
-        ("POST", "/conversations"),
-        ("GET", "/conversations/conv_1"),
-        ("POST", "/conversations/conv_1"),
-        ("DELETE", "/conversations/conv_1"),
-        ("GET", "/conversations/conv_1/items"),
-        ("POST", "/conversations/conv_1/items"),
-        ("GET", "/conversations/conv_1/items/msg_1"),
-        ("DELETE", "/conversations/conv_1/items/msg_1"),
-    ],
-)
-async def test_a_route_that_needs_the_store_is_a_400(app: App, prefix: str, method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), NAMED)
+async def test_an_unknown_id_is_a_404(app: App, prefix: str, method: str, path: str) -> None:
+    object_id = "resp_1" if path.startswith("/responses") else "conv_1"
+    url = app.url + prefix + path.format(id=object_id, item="msg_1")
+    async with app.http.request(method, url, json=BODY_OF.get((method, path))) as answer:
+        error = await error_of(answer, 404)
+    kind = "Response" if object_id == "resp_1" else "Conversation"
+    message = f"{kind} with id '{object_id}' not found."
+    assert error == {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+
+
+@pytest.mark.parametrize("prefix", ["/v1", ""])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_an_unknown_item_of_a_conversation_is_a_404(app: App, prefix: str, method: str) -> None:
+    async with app.http.post(f"{app.url}{prefix}/conversations") as answer:
+        conversation_id = (await answer.json())["id"]
+    url = f"{app.url}{prefix}/conversations/{conversation_id}/items/msg_1"
+    async with app.http.request(method, url) as answer:
+        error = await error_of(answer, 404)
+    message = f"Item with id 'msg_1' not found in conversation '{conversation_id}'."
+    assert error == {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+
+
+@pytest.mark.parametrize("prefix", ["/v1", ""])
+@pytest.mark.parametrize(("method", "path"), sorted(set(STORED_ROUTES) - set(NAMED) - NOT_YET))
+async def test_a_route_that_names_nothing_needs_nothing(app: App, prefix: str, method: str, path: str) -> None:
     async with app.http.request(method, app.url + prefix + path) as answer:
+        assert (answer.status, (await answer.json())["object"]) == (200, OBJECT_OF[path])
+
+
+OBJECT_OF = {"/responses": "list", "/conversations": "conversation"}
+
+
+@pytest.mark.parametrize("prefix", ["/v1", ""])
+@pytest.mark.parametrize(("method", "path"), sorted(NOT_YET))
+async def test_a_route_that_is_not_in_this_version_is_a_400(app: App, prefix: str, method: str, path: str) -> None:
+    async with app.http.request(method, app.url + prefix + path, json=HI) as answer:
         error = await error_of(answer, 400)
-    assert error["code"] == "unsupported_parameter"
-    assert "stored responses" in error["message"]
+    assert (error["code"], error["message"]) == ("unsupported_parameter", "This route is not in this version yet.")
 
 
 async def test_turns_are_answered_without_the_prefix(app: App) -> None:
@@ -286,10 +312,10 @@ async def test_a_path_prefix_of_the_server_is_not_part_of_the_route() -> None:
 
 
 def test_ids_have_their_form_and_never_repeat() -> None:
-    new_id = Ids()
+    new_id = Ids(lambda: 1_763_683_200.5)
     ids = [new_id("resp") for _ in range(2000)]
     assert len(set(ids)) == 2000
-    assert [each for each in ids if not re.fullmatch(r"resp_[0-9a-f]{48}", each)] == []
+    assert [each for each in ids if not re.fullmatch(r"resp_019aa3b5edf4[0-9a-f]{20}", each)] == []
 
 
 async def test_the_client_may_name_its_request(app: App) -> None:

@@ -91,11 +91,8 @@ def test_many_brackets_side_by_side_are_not_deep() -> None:
         ({"stream_options": {"include_obfuscation": False}}, None, "stream_options"),
         ({"prompt": {"id": "pmpt_1"}}, "unsupported_parameter", "prompt"),
         ({"background": True}, "unsupported_parameter", "background"),
-        ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
         ({"previous_response_id": "chatcmpl-1"}, "invalid_id_prefix", "previous_response_id"),
         ({"previous_response_id": ""}, "invalid_id_prefix", "previous_response_id"),
-        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
-        ({"conversation": {"id": "conv_1"}}, "unsupported_parameter", "conversation"),
         ({"conversation": "c1"}, "invalid_id_prefix", "conversation"),
         ({"conversation": {"id": 5}}, "invalid_id_prefix", "conversation"),
         ({"conversation": {}}, "invalid_id_prefix", "conversation"),
@@ -125,8 +122,16 @@ def test_a_conversation_of_another_kind_is_told_the_prefix_of_its_ids() -> None:
     assert refused(conversation="abc")[3] == "Invalid 'conversation': 'abc'. Expected an ID that begins with 'conv_'."
 
 
-def test_a_request_that_needs_the_store_is_told_so() -> None:
-    assert "needs stored responses" in refused(previous_response_id="resp_1")[3]
+@pytest.mark.parametrize("conversation", ["conv_1", {"id": "conv_1"}])
+def test_a_conversation_may_be_a_string_or_an_object(conversation: Any) -> None:
+    request = parsed(conversation=conversation)
+    assert (request.conversation_id, echo(request)["conversation"]) == ("conv_1", {"id": "conv_1"})
+
+
+@pytest.mark.parametrize(("given", "stored"), [(None, True), (True, True), (False, False)])
+def test_a_response_is_stored_unless_the_request_says_no(given: bool | None, stored: bool) -> None:
+    request = parsed(store=given)
+    assert (request.is_stored, echo(request)["store"]) == (stored, stored)
 
 
 def test_a_value_that_is_too_small_is_told_the_smallest() -> None:
@@ -206,7 +211,7 @@ def test_an_echo_of_the_least_request_has_the_defaults_of_the_schema() -> None:
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": None,
         "service_tier": "auto",
-        "store": False,
+        "store": True,
         "temperature": 1.0,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",

@@ -15,20 +15,35 @@ ROOT = Path(__file__).parent.parent
 ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "errors": (0, 150, set()),
     "dialects": (0, 200, set()),
+    "sources": (0, 100, set()),
+    "verbs": (0, 300, {"msgspec"}),
     "refusals": (1, 200, {"orjson"}),
     "request": (1, 400, {"msgspec", "orjson"}),
     "tools": (1, 500, {"msgspec", "orjson"}),
     "chunks": (1, 150, {"orjson"}),
     "think": (1, 150, set()),
+    "leases": (1, 150, set()),
+    "schema": (1, 150, set()),
+    "lanes": (1, 200, {"aiosqlite"}),
+    "sealing": (1, 150, {"cryptography"}),
+    "auth": (1, 150, {"msgspec"}),
+    "replay": (1, 150, set()),
+    "store": (2, 700, {"orjson"}),
+    "once": (2, 100, set()),
+    "records": (2, 250, {"orjson"}),
     "calls": (2, 250, {"orjson"}),
     "items": (2, 450, {"msgspec", "pypdf"}),
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
-    "turns": (4, 500, {"orjson"}),
-    "proxy": (5, 800, {"msgspec", "orjson", "starlette", "uvicorn"}),
+    "history": (3, 150, {"orjson"}),
+    "past": (4, 200, {"msgspec"}),
+    "stored": (4, 400, {"msgspec", "orjson"}),
+    "turns": (5, 500, {"msgspec", "orjson"}),
+    "settings": (6, 250, {"msgspec"}),
+    "proxy": (7, 800, {"msgspec", "orjson", "starlette", "uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"proxy", "turns", "items"}
+ROOMS_WITH_BROAD_EXCEPT = {"proxy", "turns", "items", "lanes"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -10,7 +10,8 @@ import pytest
 from conftest import settings_of
 from scripted import Backend
 
-from proxy import Settings, SettingsError, check, load_settings, main, parse_args, settings_of_args, settings_of_environ
+from proxy import check, main, parse_args, settings_of_args
+from settings import Settings, SettingsError, load_settings, settings_of_environ
 
 URL = "http://backend:8000/v1"
 TWO = f"""
@@ -71,6 +72,49 @@ def test_the_environment_names_the_one_backend(name: str) -> None:
 def test_the_environment_changes_the_first_backend_only(tmp_path: Path) -> None:
     first, second = load_settings(written(tmp_path, TWO), {"RESPONSES_PROXY_UPSTREAM__API_KEY": "k"}, {}).upstream
     assert (first.api_key, first.name, second.api_key) == ("k", "first", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "models"), [("a,b*", ("a", "b*")), (" a , b ,", ("a", "b")), ("qwen3:30b", ("qwen3:30b",)), ("", ())]
+)
+def test_a_variable_lists_names_between_commas(text: str, models: tuple[str, ...]) -> None:
+    environ = {"RESPONSES_PROXY_UPSTREAM__URL": URL, "RESPONSES_PROXY_UPSTREAM__MODELS": text}
+    (upstream,) = load_settings(None, environ, {}).upstream
+    assert upstream.models == models
+
+
+@pytest.mark.parametrize("name", ["ALIASES", "HEADERS"])
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("gpt-5=qwen3:30b,gpt-4 = b", {"gpt-5": "qwen3:30b", "gpt-4": "b"}),
+        ("x-key=c2VjcmV0==", {"x-key": "c2VjcmV0=="}),
+        ("x-empty=", {"x-empty": ""}),
+        ("", {}),
+    ],
+)
+def test_a_variable_lists_a_table_as_pairs(name: str, text: str, pairs: dict[str, str]) -> None:
+    environ = {"RESPONSES_PROXY_UPSTREAM__URL": URL, f"RESPONSES_PROXY_UPSTREAM__{name}": text}
+    (upstream,) = load_settings(None, environ, {}).upstream
+    assert getattr(upstream, name.lower()) == pairs
+
+
+def test_an_empty_variable_empties_the_list_and_the_table_of_the_file(tmp_path: Path) -> None:
+    environ = {"RESPONSES_PROXY_UPSTREAM__MODELS": "", "RESPONSES_PROXY_UPSTREAM__ALIASES": ""}
+    first, _ = load_settings(written(tmp_path, TWO), environ, {}).upstream
+    assert (first.models, first.aliases) == ((), {})
+
+
+@pytest.mark.parametrize("text", ["s3cret", "a=b,s3cret", "=s3cret"])
+def test_a_variable_without_pairs_is_told_but_not_shown(text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, {"RESPONSES_PROXY_UPSTREAM__HEADERS": text}, {})
+    assert str(caught.value) == "upstream.headers has to be given as name=value,name=value"
+
+
+def test_a_file_does_not_list_between_commas(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="models"):
+        load_settings(written(tmp_path, f"[[upstream]]\nbase_url = '{URL}'\nmodels = 'a,b'"), {}, {})
 
 
 def test_other_variables_are_not_settings() -> None:

@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 from scripted import DONE, END, Backend, Script, chunk, plain, streamed
 
+from auth import Caller
 from errors import InvalidRequest, UpstreamRefused
+from leases import Leases
 from request import RequestLimits, parse_request
+from sealing import Seals
+from sources import Sources
+from store import StoreSettings, open_store
 from streaming import ReasoningSettings
-from turns import Sources, Turn, Turns, TurnSettings
+from turns import Asked, Means, Turn, Turns, TurnSettings
 from upstream import Upstreams, UpstreamSettings
+from verbs import Store
 
 HI = {"model": "m", "input": "Hi"}
 STREAM = {**HI, "stream": True}
@@ -23,21 +29,25 @@ STREAM = {**HI, "stream": True}
 class Bench:
     """Turns with a clock that stands still and ids that count."""
 
-    def __init__(self, upstreams: Upstreams) -> None:
+    def __init__(self, upstreams: Upstreams, store: Store) -> None:
         self.upstreams = upstreams
+        self.store = store
 
     async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
         numbers = itertools.count(1)
         sources = Sources(lambda: 1_700_000_000.9, lambda prefix: f"{prefix}_{next(numbers)}")
-        turns = Turns(self.upstreams, TurnSettings(**settings), ReasoningSettings(), sources)
-        return await turns.prepare(parse_request(body, RequestLimits()))
+        means = Means(self.upstreams, Leases(self.store, sources), Seals((bytes(32),)), sources)
+        turns = Turns(means, TurnSettings(**settings), ReasoningSettings())
+        return await turns.prepare(Asked(parse_request(body, RequestLimits()), Caller("")))
 
 
 @pytest.fixture
 async def bench(backend: Backend) -> AsyncIterator[Bench]:
     named = UpstreamSettings(base_url=backend.url, dialect="openai", retries=0, aliases={"gpt-5": "m"})
     upstreams = Upstreams((named,))
-    yield Bench(upstreams)
+    store = await open_store(StoreSettings(":memory:"))
+    yield Bench(upstreams, store)
+    await store.close()
     await upstreams.close()
 
 
@@ -52,7 +62,7 @@ async def test_ids_and_times_come_from_the_sources(bench: Bench) -> None:
         1_700_000_000,
         1_700_000_000,
     )
-    assert response["output"][0]["id"] == "msg_2"
+    assert response["output"][0]["id"] == "msg_10001"
 
 
 async def test_an_alias_is_sent_by_its_real_name_and_echoed_as_asked(bench: Bench, backend: Backend) -> None:

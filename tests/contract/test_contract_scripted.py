@@ -216,7 +216,7 @@ async def test_what_was_not_given_is_echoed_as_the_default(client: AsyncOpenAI) 
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
-        "store": False,
+        "store": True,
         "temperature": 1.0,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
@@ -419,10 +419,10 @@ async def test_a_full_window_has_the_code_that_clients_know(client: AsyncOpenAI,
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
-async def test_stored_state_is_a_bad_request(client: AsyncOpenAI) -> None:
+async def test_an_unknown_previous_response_is_a_bad_request_that_names_it(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await client.responses.create(model="m", input="Hi", previous_response_id="resp_1")
-    assert caught.value.param == "previous_response_id"
+    assert (caught.value.param, caught.value.code) == ("previous_response_id", "previous_response_not_found")
 
 
 async def test_headers_tell_the_request_id_and_what_was_ignored(client: AsyncOpenAI) -> None:

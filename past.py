@@ -1,0 +1,127 @@
+"""What a request continues: the window of a chain or a conversation, the items it refers to, and the right to write.
+
+May not know chat messages, the HTTP framework or SQL.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from errors import ConversationLocked, InvalidRequest, NotFound
+from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed
+from leases import Lease, Leases
+from records import decoded
+from request import TurnRequest
+from sealing import Seals
+from verbs import Window, clipped, conversation_lock
+
+Json = dict[str, Any]
+
+# What sealed reasoning is bound to, beside its owner and id.
+REASONING = "reasoning"
+CONTINUED = frozenset({"completed", "incomplete"})
+NOTHING: tuple[str, ...] = ()
+
+
+class Past(msgspec.Struct, frozen=True):
+    """What a turn begins with. `release` it in every case.
+
+    `window`: all items for the model, oldest first; `own`: the request's, references replaced; `left_out`: names of
+    what could not be used.
+    """
+
+    window: list[Json]
+    own: list[Json]
+    left_out: tuple[str, ...]
+    lease: Lease | None = None
+
+    async def release(self) -> None:
+        if self.lease is not None:
+            await self.lease.release()
+
+
+class Pasts:
+    """Finds the past of each request."""
+
+    def __init__(self, leases: Leases, seals: Seals, conversation_wait_s: float) -> None:
+        self._leases = leases
+        self._store = leases.store
+        self._seals = seals
+        self._conversation_wait_s = conversation_wait_s
+
+    async def of(self, request: TurnRequest, owner: str) -> Past:
+        """Raises: InvalidRequest, NotFound, ConversationLocked, StoreError."""
+        items = request.items
+        if isinstance(request.input, str) and not request.previous_response_id and not request.conversation:
+            return Past(items, items, NOTHING)
+        check_ids(items, "input")
+        lease = await self._lock(request, owner)
+        past = None
+        try:
+            past = await self._found(request, owner, lease)
+        finally:
+            if past is None and lease is not None:
+                await lease.release()
+        return past
+
+    async def _found(self, request: TurnRequest, owner: str, lease: Lease | None) -> Past:
+        window = await self._window(request, owner)
+        new = await self._resolved(request.items, owner)
+        history = decoded(window.items) if window else []
+        refuse_repeated(history, new)
+        kept, left_out = mended(history, window.newest, window.status == "completed", new) if window else ([], [])
+        open_seal = partial(self._seals.open, REASONING, owner)
+        earlier, lost = unsealed(kept, open_seal, HISTORY)
+        current, foreign = unsealed(new, open_seal, "input")
+        return Past(earlier + current, new, (*left_out, *lost, *foreign), lease)
+
+    async def _lock(self, request: TurnRequest, owner: str) -> Lease | None:
+        """Only who adds to a conversation locks it. Raises: ConversationLocked, NotFound."""
+        if not request.conversation_id or not request.is_stored:
+            return None
+        if await self._store.conversation(owner, request.conversation_id) is None:
+            raise _no_conversation(request.conversation_id)
+        lease = self._leases.lease(conversation_lock(request.conversation_id, "").name)
+        if await lease.acquire(self._conversation_wait_s):
+            return lease
+        raise ConversationLocked(
+            "Another process is currently operating on this conversation. Please retry in a few seconds.",
+            param="conversation",
+        )
+
+    async def _window(self, request: TurnRequest, owner: str) -> Window | None:
+        if request.conversation_id:
+            window = await self._store.conversation_window(owner, request.conversation_id)
+            if window is None:
+                raise _no_conversation(request.conversation_id)
+            return window
+        if not request.previous_response_id:
+            return None
+        window = await self._store.window(owner, request.previous_response_id)
+        if window is None:
+            raise _cannot_continue(request.previous_response_id, "not found")
+        if window.status not in CONTINUED:
+            raise _cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
+        return window
+
+    async def _resolved(self, items: list[Json], owner: str) -> list[Json]:
+        ids = references(items)
+        if not ids:
+            return items
+        found = await self._store.items(owner, ids)
+        return resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))
+
+
+def _no_conversation(conversation_id: str) -> NotFound:
+    return NotFound(f"Conversation with id '{clipped(conversation_id)}' not found.", param="conversation")
+
+
+def _cannot_continue(response_id: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Previous response with id '{clipped(response_id)}' {reason}.",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )

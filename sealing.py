@@ -1,0 +1,140 @@
+"""What clients carry for us and may not read: AES-GCM blobs bound to an owner and an item.
+
+May not know what is sealed. A blob is `rp1_` and urlsafe base64 of: key id (4 bytes) | nonce (12) | ciphertext.
+Source: NIST SP 800-38D, which allows 2**32 random nonces a key.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+PREFIX = "rp1_"
+KEY_BYTES = 32
+KEY_ID_BYTES = 4
+NONCE_BYTES = 12
+HEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES
+SIZE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class SealingSettings:
+    """The section `[sealing]`: keys in base64, of which the first seals and all open."""
+
+    keys: tuple[str, ...] = ()
+
+
+class Seals:
+    """Seals with the first key and opens with all. Raises: ValueError for no key, or one of a wrong size."""
+
+    def __init__(self, keys: tuple[bytes, ...]) -> None:
+        if not keys or any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"Sealing needs at least one key, each of {KEY_BYTES} bytes.")
+        self._keys = [(hashlib.sha256(key).digest()[:KEY_ID_BYTES], AESGCM(key)) for key in keys]
+
+    def seal(self, kind: str, owner: str, item_id: str, payload: bytes) -> str:
+        """A blob that `open` takes for the same kind, owner and item only."""
+        key_id, aead = self._keys[0]
+        nonce = os.urandom(NONCE_BYTES)
+        sealed = aead.encrypt(nonce, _named(item_id) + payload, _named(kind) + _named(owner))
+        return _encoded(key_id + nonce + sealed)
+
+    def open(self, kind: str, owner: str, item_id: str | None, blob: str) -> bytes | None:
+        """The payload; None for whatever is not ours. Without an item id, as some clients send items, any will do."""
+        raw = _decoded(blob)
+        for key_id, aead in self._keys:
+            if raw[:KEY_ID_BYTES] != key_id:
+                continue
+            inner = _decrypted(aead, raw, _named(kind) + _named(owner))
+            if inner is not None:
+                return _payload(inner, item_id)
+        return None
+
+
+def _named(text: str) -> bytes:
+    """With its length in front, so that no two names run into each other; any string, half a surrogate pair too."""
+    name = text.encode(errors="surrogatepass")
+    return len(name).to_bytes(SIZE_BYTES, "big") + name
+
+
+def _encoded(raw: bytes) -> str:
+    return PREFIX + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _decoded(blob: str) -> bytes:
+    """The bytes of a blob that is written as we write them; nothing for any other string."""
+    try:
+        raw = base64.urlsafe_b64decode(blob[len(PREFIX) :] + "==")
+    except ValueError:
+        return b""
+    # base64 skips what it does not know, and the last bits of a blob mean nothing.
+    return raw if len(raw) >= HEAD_BYTES and _encoded(raw) == blob else b""
+
+
+def _decrypted(aead: AESGCM, raw: bytes, bound_to: bytes) -> bytes | None:
+    try:
+        return aead.decrypt(raw[KEY_ID_BYTES:HEAD_BYTES], raw[HEAD_BYTES:], bound_to)
+    except (InvalidTag, OverflowError):  # OverflowError: more than 2**31 bytes
+        return None
+
+
+def _payload(inner: bytes, item_id: str | None) -> bytes | None:
+    end = SIZE_BYTES + int.from_bytes(inner[:SIZE_BYTES], "big")
+    return inner[end:] if item_id is None or inner[:end] == _named(item_id) else None
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def load_keys(settings: SealingSettings, key_file: Path | None) -> tuple[bytes, ...]:
+    """The keys of the settings, or else of the file, which is made when missing; without a file, one for this process.
+
+    Raises: ValueError for a malformed key, OSError for a file that cannot be read or made.
+    """
+    if settings.keys:
+        return _parse_keys(settings.keys, "sealing.keys")
+    if key_file is None:
+        return (os.urandom(KEY_BYTES),)
+    if not key_file.exists():
+        _make(key_file)
+    return _parse_keys(key_file.read_text("latin-1").split(), str(key_file))
+
+
+def _make(key_file: Path) -> None:
+    """Of processes that start at once, the first to link its file makes the key, and nobody sees half a file."""
+    handle, name = tempfile.mkstemp(dir=key_file.parent, prefix=f".{key_file.name}.")  # has mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(name, key_file)
+    finally:
+        os.unlink(name)
+
+
+def _parse_keys(texts: Sequence[str], where: str) -> tuple[bytes, ...]:
+    """The message names the place and never the key."""
+    keys = tuple(map(_key_bytes, texts))
+    wrong = [n for n, key in enumerate(keys, 1) if len(key) != KEY_BYTES]
+    if wrong or not keys:
+        raise ValueError(f"Invalid key {(wrong or [1])[0]} in {where}: expected base64 of {KEY_BYTES} bytes.")
+    return keys
+
+
+def _key_bytes(text: str) -> bytes:
+    standard = text.strip().replace("-", "+").replace("_", "/").rstrip("=") + "="
+    try:
+        return base64.b64decode(standard, validate=True)
+    except ValueError:
+        return b""
