@@ -42,7 +42,12 @@ def store_error(error: sqlite3.Error, what: str = "The store of responses") -> S
 
 
 class DatabaseThread(aiosqlite.Connection):
-    """A connection on a thread of its own."""
+    """A connection on a thread of its own, which does not keep a process from ending."""
+
+    def __init__(self, path: str) -> None:
+        """In autocommit mode: transactions are begun by name."""
+        super().__init__(partial(sqlite3.connect, path, isolation_level=None, cached_statements=256), 64)
+        self._thread.daemon = True
 
     async def run(self, work: Work[T]) -> T:
         """What the work returns, all of it done on the thread: one hop for many statements."""
@@ -52,13 +57,6 @@ class DatabaseThread(aiosqlite.Connection):
 
         result: T = await self._execute(hop)  # type: ignore[no-untyped-call]
         return result
-
-
-async def connected(path: str) -> DatabaseThread:
-    """A connection in autocommit mode: transactions are begun by name."""
-    thread = DatabaseThread(partial(sqlite3.connect, path, isolation_level=None, cached_statements=256), 64)
-    await thread
-    return thread
 
 
 class Lane:
@@ -98,6 +96,13 @@ class Lane:
                 else:
                     future.set_result(outcome)
 
+    async def run_bare(self, work: Work[T]) -> T:
+        """Work that cannot stand in a transaction. Raises: StoreError."""
+        try:
+            return await self._thread.run(work)
+        except sqlite3.Error as error:
+            raise store_error(error) from error
+
     async def close(self) -> None:
         """Finishes what waits."""
         self._is_closed = True
@@ -116,22 +121,23 @@ def _outcome(work: Work[Any], db: sqlite3.Connection) -> Any:
 
 def write_all(works: Sequence[Work[Any]], db: sqlite3.Connection) -> list[Any]:
     """All in one transaction; when one of them is at fault, each in its own."""
+    return _do_all("BEGIN IMMEDIATE", works, db)
+
+
+def read_all(works: Sequence[Work[Any]], db: sqlite3.Connection) -> list[Any]:
+    """All on one state of the file; when one of them is at fault, each on its own."""
+    return _do_all("BEGIN", works, db)
+
+
+def _do_all(begin: str, works: Sequence[Work[Any]], db: sqlite3.Connection) -> list[Any]:
     try:
-        return _transact("BEGIN IMMEDIATE", works, db)
+        return _transact(begin, works, db)
     except sqlite3.OperationalError as error:
         return [store_error(error) for _ in works]
     except Exception as error:  # noqa: BLE001 - handed to the one whose work it is
         if len(works) > 1:
-            return [write_all([work], db)[0] for work in works]
+            return [_do_all(begin, [work], db)[0] for work in works]
         return [store_error(error) if isinstance(error, sqlite3.Error) else error]
-
-
-def read_all(works: Sequence[Work[Any]], db: sqlite3.Connection) -> list[Any]:
-    """All on one state of the file."""
-    try:
-        return _transact("BEGIN", works, db)
-    except sqlite3.Error as error:
-        return [store_error(error) for _ in works]
 
 
 def _transact(begin: str, works: Sequence[Work[Any]], db: sqlite3.Connection) -> list[Any]:

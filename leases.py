@@ -105,5 +105,14 @@ class Lease:
         if renewing is None:
             return
         renewing.cancel()
-        await asyncio.wait({renewing})
-        await self._home.give_back(self.lock)
+        try:
+            await asyncio.wait({renewing})
+        finally:
+            await self._home.give_back(self.lock)
+
+    async def was_given_back(self) -> None:
+        """Another write has released it; it is not renewed any more."""
+        renewing, self._renewing = self._renewing, None
+        if renewing is not None:
+            renewing.cancel()
+            await asyncio.wait({renewing})

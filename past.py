@@ -10,13 +10,12 @@ from typing import Any
 
 import msgspec
 
-from errors import ConversationLocked, InvalidRequest, NotFound
 from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed
 from leases import Lease, Leases
 from records import decoded
 from request import TurnRequest
 from sealing import Seals
-from verbs import Window, clipped, conversation_lock
+from verbs import Store, Window, cannot_continue, conversation_lock, locked, no_conversation
 
 Json = dict[str, Any]
 
@@ -69,7 +68,7 @@ class Pasts:
 
     async def _found(self, request: TurnRequest, owner: str, lease: Lease | None) -> Past:
         window = await self._window(request, owner)
-        new = await self._resolved(request.items, owner)
+        new = await with_references(self._store, owner, request.items)
         history = decoded(window.items) if window else []
         refuse_repeated(history, new)
         kept, left_out = mended(history, window.newest, window.status == "completed", new) if window else ([], [])
@@ -83,45 +82,32 @@ class Pasts:
         if not request.conversation_id or not request.is_stored:
             return None
         if await self._store.conversation(owner, request.conversation_id) is None:
-            raise _no_conversation(request.conversation_id)
+            raise no_conversation(request.conversation_id, "conversation")
         lease = self._leases.lease(conversation_lock(request.conversation_id, "").name)
         if await lease.acquire(self._conversation_wait_s):
             return lease
-        raise ConversationLocked(
-            "Another process is currently operating on this conversation. Please retry in a few seconds.",
-            param="conversation",
-        )
+        raise locked()
 
     async def _window(self, request: TurnRequest, owner: str) -> Window | None:
         if request.conversation_id:
             window = await self._store.conversation_window(owner, request.conversation_id)
             if window is None:
-                raise _no_conversation(request.conversation_id)
+                raise no_conversation(request.conversation_id, "conversation")
             return window
         if not request.previous_response_id:
             return None
         window = await self._store.window(owner, request.previous_response_id)
         if window is None:
-            raise _cannot_continue(request.previous_response_id, "not found")
+            raise cannot_continue(request.previous_response_id, "not found")
         if window.status not in CONTINUED:
-            raise _cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
+            raise cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
         return window
 
-    async def _resolved(self, items: list[Json], owner: str) -> list[Json]:
-        ids = references(items)
-        if not ids:
-            return items
-        found = await self._store.items(owner, ids)
-        return resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))
 
-
-def _no_conversation(conversation_id: str) -> NotFound:
-    return NotFound(f"Conversation with id '{clipped(conversation_id)}' not found.", param="conversation")
-
-
-def _cannot_continue(response_id: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"Previous response with id '{clipped(response_id)}' {reason}.",
-        param="previous_response_id",
-        code="previous_response_not_found",
-    )
+async def with_references(store: Store, owner: str, items: list[Json]) -> list[Json]:
+    """The items, references replaced by what they name. Raises: NotFound, StoreError."""
+    ids = references(items)
+    if not ids:
+        return items
+    found = await store.items(owner, ids)
+    return resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))

@@ -46,7 +46,7 @@ from errors import (
 )
 from leases import Leases
 from once import Once
-from records import restored
+from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
 from sealing import Seals, load_keys
@@ -57,7 +57,7 @@ from stored import STORED_ROUTES, Stored, Visit
 from streaming import Event, Json
 from turns import Asked, Means, Turn, Turns
 from upstream import Upstream, Upstreams
-from verbs import Purged, Store
+from verbs import KeptResponse, Purged, Store
 
 log = logging.getLogger("responses_proxy")
 
@@ -300,12 +300,13 @@ class Edge:
             if claim.earlier is None:
                 await self._answer(exchange, msgspec.structs.replace(asked, first_use=claim.first_use))
             else:
-                await self._answer_again(exchange, asked, restored(claim.earlier))
+                await self._answer_again(exchange, asked, claim.earlier)
         finally:
             await claim.release()
 
-    async def _answer_again(self, exchange: Exchange, asked: Asked, response: Json) -> None:
-        headers = [(b"idempotent-replayed", b"true")]
+    async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
+        response, ignored = restored(earlier), ignored_of(earlier)
+        headers = [(b"idempotent-replayed", b"true"), *([ignored_header(ignored)] if ignored else [])]
         if asked.request.stream:
             started = {"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]}
             await exchange.send(started)
@@ -512,9 +513,14 @@ async def ended(task: asyncio.Task[None]) -> None:
 
 
 async def purge_again_and_again(store: Store, settings: StoreSettings, sources: Sources) -> None:
+    """One purge that fails does not end retention."""
     while True:
-        with contextlib.suppress(StoreError):
+        try:
             await purge(store, settings, sources.clock())
+        except StoreError as error:
+            log.warning("could not purge: %s", error.message)
+        except Exception:
+            log.exception("could not purge")
         await asyncio.sleep(PURGE_EVERY_S)
 
 

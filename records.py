@@ -26,12 +26,14 @@ OWN_KEYS = frozenset(
 BODY_KEYS = ("error", "incomplete_details", "metadata", "conversation")
 
 
-def settings_and_body(response: Json) -> tuple[bytes, bytes]:
-    """The two parts of a response that are kept beside its items."""
+def settings_and_body(response: Json, ignored: tuple[str, ...] = ()) -> tuple[bytes, bytes]:
+    """The two parts of a response that are kept beside its items; `ignored` names what was left out of the request."""
     settings = {key: value for key, value in response.items() if key not in OWN_KEYS}
     body = {key: response[key] for key in BODY_KEYS if response.get(key)}
     if response["usage"]:
         body["usage"] = _packed(response["usage"])
+    if ignored:
+        body["ignored"] = ignored
     return orjson.dumps(settings), orjson.dumps(body)
 
 
@@ -39,6 +41,7 @@ def restored(kept: KeptResponse) -> Json:
     """The response again, every key of it."""
     body = orjson.loads(kept.body)
     usage = body.pop("usage", None)
+    body.pop("ignored", None)
     return {
         "id": kept.id,
         "object": "response",
@@ -55,6 +58,11 @@ def restored(kept: KeptResponse) -> Json:
         "usage": _unpacked(usage) if usage else None,
         "output": decoded(kept.outputs),
     }
+
+
+def ignored_of(kept: KeptResponse) -> tuple[str, ...]:
+    """The names of what was left out of the request."""
+    return tuple(orjson.loads(kept.body).get("ignored", ()))
 
 
 def _packed(usage: Json) -> list[int]:
@@ -80,9 +88,11 @@ def decoded(items: list[bytes]) -> list[Json]:
     return found
 
 
-def new_turn(owner: str, response: Json, inputs: list[Json], request: TurnRequest) -> NewTurn:
+def new_turn(
+    owner: str, response: Json, inputs: list[Json], request: TurnRequest, ignored: tuple[str, ...] = ()
+) -> NewTurn:
     """What the store is given of a response that has ended; inputs: its own items, identified."""
-    settings, body = settings_and_body(response)
+    settings, body = settings_and_body(response, ignored)
     return NewTurn(
         id=response["id"],
         owner=owner,

@@ -55,11 +55,12 @@ SCHEMA_1 = (
         created_at INTEGER NOT NULL,    -- Unix seconds, as the next two
         completed_at INTEGER,
         deleted_at INTEGER,
-        in_conversation INTEGER NOT NULL,
+        ages_from INTEGER,     -- Unix seconds; NULL: a conversation holds it
         compaction INTEGER,    -- place of the newest compaction item
         body BLOB NOT NULL,    -- JSON
         UNIQUE (thread, depth))""",
     "CREATE INDEX turn_by_owner ON turn (owner) WHERE id IS NOT NULL AND deleted_at IS NULL",
+    "CREATE INDEX turn_by_age ON turn (ages_from) WHERE ages_from IS NOT NULL AND deleted_at IS NULL",
     """CREATE TABLE item (
         seq INTEGER PRIMARY KEY,
         kind INTEGER NOT NULL,        -- 0: listed, 1: not listed, 2: a compaction item, not listed either

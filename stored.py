@@ -15,11 +15,11 @@ import msgspec
 import orjson
 
 from errors import ConversationLocked, InvalidRequest, NotFound, UnsupportedParameter
-from history import check_ids, references, refuse_repeated, resolved
+from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
+from past import with_references
 from records import (
     conversation_object,
-    decoded,
     identified,
     item_list,
     list_object,
@@ -31,7 +31,7 @@ from records import (
 from request import INCLUDABLE, RequestLimits, check_metadata, invalid, parse_body
 from sources import Sources
 from translation import check_items
-from verbs import Conversation, KeptResponse, Page, Store, clipped
+from verbs import Conversation, KeptResponse, Page, Store, clipped, no_conversation, no_response
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Stored:
         query = _query(visit, RetrieveQuery)
         kept = await self._store.response(visit.owner, visit.ids["id"])
         if kept is None:
-            raise _no_response(visit)
+            raise no_response(visit.ids["id"])
         if query.stream:
             raise InvalidRequest(
                 "This response cannot be streamed because it was not created with background=true.", param="stream"
@@ -124,20 +124,20 @@ class Stored:
         _query(visit, NoQuery)
         response_id = visit.ids["id"]
         if not await self._store.delete_response(visit.owner, response_id, self._sources.clock()):
-            raise _no_response(visit)
+            raise no_response(visit.ids["id"])
         return {"id": response_id, "object": "response", "deleted": True}
 
     async def cancel(self, visit: Visit) -> Json:
         _query(visit, NoQuery)
         if await self._store.response(visit.owner, visit.ids["id"]) is None:
-            raise _no_response(visit)
+            raise no_response(visit.ids["id"])
         raise InvalidRequest("Cannot cancel a synchronous response.")
 
     async def input_items(self, visit: Visit) -> Json:
         query = _query(visit, ItemsQuery)
         listed = await self._store.input_items(visit.owner, visit.ids["id"], query.page)
         if listed is None:
-            raise _no_response(visit)
+            raise no_response(visit.ids["id"])
         return item_list(listed, query.include)
 
     async def not_yet(self, visit: Visit) -> Json:
@@ -164,14 +164,14 @@ class Stored:
         metadata = _metadata_json(self._body(visit, ChangedConversation).metadata)
         changed = await self._store.update_conversation(visit.owner, visit.ids["id"], metadata)
         if changed is None:
-            raise _no_conversation(visit)
+            raise no_conversation(visit.ids["id"])
         return conversation_object(changed)
 
     async def delete_conversation(self, visit: Visit) -> Json:
         _query(visit, NoQuery)
         conversation_id = visit.ids["id"]
         if not await self._store.delete_conversation(visit.owner, conversation_id, self._sources.clock()):
-            raise _no_conversation(visit)
+            raise no_conversation(visit.ids["id"])
         return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
     async def add_items(self, visit: Visit) -> Json:
@@ -181,14 +181,14 @@ class Stored:
         kept = new_items(items)
         owner, conversation_id, now = visit.owner, visit.ids["id"], self._sources.clock
         if not await self._patiently(lambda: self._store.add_items(owner, conversation_id, kept, now())):
-            raise _no_conversation(visit)
+            raise no_conversation(visit.ids["id"])
         return list_object([listed_item(item, include) for item in items], has_more=False)
 
     async def conversation_items(self, visit: Visit) -> Json:
         query = _query(visit, ItemsQuery)
         listed = await self._store.conversation_items(visit.owner, visit.ids["id"], query.page)
         if listed is None:
-            raise _no_conversation(visit)
+            raise no_conversation(visit.ids["id"])
         return item_list(listed, query.include)
 
     async def conversation_item(self, visit: Visit) -> Json:
@@ -214,15 +214,13 @@ class Stored:
     async def _conversation(self, visit: Visit) -> Conversation:
         conversation = await self._store.conversation(visit.owner, visit.ids["id"])
         if conversation is None:
-            raise _no_conversation(visit)
+            raise no_conversation(visit.ids["id"])
         return conversation
 
     async def _checked(self, owner: str, items: list[Json]) -> list[Json]:
         """Items that can be rendered later, references replaced, with ids. Raises: InvalidRequest, NotFound."""
         check_ids(items, "items")
-        if ids := references(items):
-            found = await self._store.items(owner, ids)
-            items = resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))
+        items = await with_references(self._store, owner, items)
         refuse_repeated([], items)
         check_items(items, "items")
         return identified(items, self._sources.new_id)
@@ -283,14 +281,6 @@ def _converted(given: Json, form: type[T]) -> T:
             raise invalid(error) from error
         code, words = FIELD_ERRORS[found[1]]
         raise InvalidRequest(words.format(found[2]), param=found[2], code=code) from error
-
-
-def _no_response(visit: Visit) -> NotFound:
-    return NotFound(f"Response with id '{clipped(visit.ids['id'])}' not found.")
-
-
-def _no_conversation(visit: Visit) -> NotFound:
-    return NotFound(f"Conversation with id '{clipped(visit.ids['id'])}' not found.")
 
 
 def _no_item(visit: Visit) -> NotFound:

@@ -33,6 +33,8 @@ log = logging.getLogger("responses_proxy.turns")
 
 # Rough size of a token, for usage that no backend gave.
 BYTES_PER_TOKEN = 4
+# What a save that has begun gets when its turn is cancelled.
+SAVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Turns:
         plan = self._plan(asked, rendered, upstream)
         item_ids = ItemIds(response_id)
         machine = ResponseStream(self._begun(request, response_id), plan, item_ids, self._means.sources.clock)
-        keeper = Keeper(self._means.leases.store, asked, past, item_ids) if request.is_stored else None
+        keeper = Keeper(self._means.leases.store, asked, past, item_ids, ignored) if request.is_stored else None
         call = Call(upstream, rendered.body, asked.caller.bearer, self._settings.created_after_ms / 1000)
         return Turn(call, machine, past, keeper, ignored)
 
@@ -148,16 +150,19 @@ class Keeper(msgspec.Struct, frozen=True):
     asked: Asked
     past: Past
     item_ids: ItemIds
+    ignored: tuple[str, ...]
 
     async def keep(self, response: Json) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
         inputs = identified(self.past.own, self.item_ids)
-        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request)
-        lock = self.past.lease.lock if self.past.lease and not turn.is_detached else None
+        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, self.ignored)
+        lease = None if turn.is_detached else self.past.lease
         first_use = None if turn.is_detached else self.asked.first_use
-        if lock or first_use:
-            turn = msgspec.structs.replace(turn, lock=lock, first_use=first_use)
+        if lease or first_use:
+            turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
         await self.store.save(turn)
+        if lease:
+            await lease.was_given_back()
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -182,6 +187,7 @@ class Turn:
         self._keeper = keeper
         self._accepting: asyncio.Task[ChatStream] | None = None
         self._is_told = False
+        self._unsaid: list[Event] = []
 
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
@@ -245,11 +251,17 @@ class Turn:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
         if self._keeper is not None:
+            saving = asyncio.ensure_future(self._keeper.keep(self._machine.snapshot()))
             try:
-                await self._keeper.keep(self._machine.snapshot())
+                await asyncio.shield(saving)
             except ProxyError as error:
                 log.warning("turn could not be kept: %s", error.message)
                 return last + self.fail(error)
+            except asyncio.CancelledError:
+                await asyncio.wait({saving}, timeout=SAVE_S)
+                if saving.done() and not saving.cancelled() and saving.exception() is None:
+                    self._unsaid = last + self._machine.finish()
+                raise
         self._is_told = True
         return last + self._machine.finish()
 
@@ -264,11 +276,14 @@ class Turn:
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:
-        """The terminal event of a turn that cannot go on; nothing when one was given before."""
+        """The terminal event of a turn that cannot go on; nothing when one was given before.
+
+        A response that was kept at the last moment has not failed: then its last events are given.
+        """
         if self._is_told:
             return []
         self._is_told = True
-        return self._machine.fail(error)
+        return self._unsaid or self._machine.fail(error)
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""

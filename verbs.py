@@ -10,6 +10,8 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
+from errors import ConversationLocked, InvalidRequest, NotFound
+
 T = TypeVar("T")
 
 
@@ -126,7 +128,7 @@ class Store(Protocol):
     async def save(self, turn: NewTurn) -> None:
         """Keeps a whole response, or nothing of it, and gives its lock back.
 
-        Raises: NotFound when what it continues is gone, ConversationLocked when its lock was lost.
+        Raises: InvalidRequest or NotFound when what it continues is gone, ConversationLocked when its lock was lost.
         """
 
     async def response(self, owner: str, response_id: str) -> KeptResponse | None: ...
@@ -228,3 +230,26 @@ def clipped(given: str) -> str:
 def conversation_lock(conversation_id: str, holder: str) -> Lock:
     """The lease that a turn holds on its conversation."""
     return Lock(f"conversation {conversation_id}", holder)
+
+
+def no_response(response_id: str) -> NotFound:
+    return NotFound(f"Response with id '{clipped(response_id)}' not found.")
+
+
+def no_conversation(conversation_id: str, param: str | None = None) -> NotFound:
+    return NotFound(f"Conversation with id '{clipped(conversation_id)}' not found.", param=param)
+
+
+def cannot_continue(response_id: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Previous response with id '{clipped(response_id)}' {reason}.",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )
+
+
+def locked() -> ConversationLocked:
+    return ConversationLocked(
+        "Another process is currently operating on this conversation. Please retry in a few seconds.",
+        param="conversation",
+    )

@@ -51,7 +51,8 @@ def free_port() -> int:
 
 def start(port: int) -> subprocess.Popen[str]:
     arguments = [sys.executable, str(RUN), "--host", "127.0.0.1", "--port", str(port)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "RESPONSES_PROXY_STORE__PATH": ":memory:"}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 @contextmanager

@@ -794,7 +794,7 @@ async def test_a_damaged_file_is_refused_or_served_but_never_a_traceback(
 
 
 async def test_purge_forgets_what_is_old(kept: Json, file: Path, serve: Serve, http: aiohttp.ClientSession) -> None:
-    in_file(file, "UPDATE turn SET created_at = created_at - 31 * 86400 WHERE id != ?", kept["id"])
+    in_file(file, "UPDATE turn SET ages_from = ages_from - 31 * 86400 WHERE id != ?", kept["id"])
     code, said, errors = command("purge", "--store", str(file))
     found = re.fullmatch(rf"{re.escape(str(file))}: (\d+) responses purged, (\d+) bytes given back\n", said)
     assert found
@@ -809,7 +809,7 @@ async def test_purge_of_nothing_says_so(kept: Json, file: Path) -> None:
 
 
 async def test_purge_keeps_all_when_told_to(kept: Json, file: Path) -> None:
-    in_file(file, "UPDATE turn SET created_at = 0")
+    in_file(file, "UPDATE turn SET ages_from = 0")
     said = command("purge", "--store", str(file), RESPONSES_PROXY_STORE__RETENTION_DAYS="0")
     assert said == (0, f"{file}: 0 responses purged, 0 bytes given back\n", "")
 
@@ -827,7 +827,7 @@ async def test_purge_works_while_a_proxy_runs(serve: Serve, http: aiohttp.Client
     async with serve() as process:
         caller = Caller(process, http)
         response = await caller.made(HI)
-        in_file(file, "UPDATE turn SET created_at = 0")
+        in_file(file, "UPDATE turn SET ages_from = 0")
         assert (await asyncio.to_thread(command, "purge", "--store", str(file)))[0] == 0
         await caller.got(f"/responses/{response['id']}", 404)
         assert (await caller.made(HI))["status"] == "completed"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import uvicorn
-from conftest import App, StartApp, settings_of
+from conftest import App, StartApp, listening_socket, settings_of
 from event_grammar import check, parse
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from scripted import (
@@ -442,7 +441,7 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
         services = await make_services(settings, upstreams, leases, sources)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = listening_socket()
         asgi = Outermost(Edge(settings, services), sources.new_id)
         config = uvicorn.Config(asgi, log_config=None, access_log=False, lifespan="off")
         config.load()

@@ -41,6 +41,7 @@ class Node:
     outputs: list[NewItem]
     saved: NewTurn | None = None
     is_living: bool = True
+    ages_from: float = 0.0
     removed: set[int] = field(default_factory=set)
 
     @property
@@ -146,7 +147,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
         self.clock += number % 2
         self.run(self.store.save(turn))
-        node = Node(owner, parent, inputs, outputs, turn)
+        node = Node(owner, parent, inputs, outputs, turn, ages_from=turn.created_at)
         self.nodes.append(node)
         return node
 
@@ -219,13 +220,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.run(self.store.delete_conversation(owner, name, NOW)) is True
         for node in nodes:
             node.is_living = node.is_living and node.saved is not None
+            node.ages_from = NOW
         del self.talks[name]
 
     @precondition(lambda self: self.living)
     @rule(number=number)
     def purge(self, number: int) -> None:
-        before_at = number % (self.clock + 2)
-        old = [n for n in self.living if n.saved and n.saved.created_at < before_at and not self.held(n)]
+        before_at = NOW + 1 if number % 7 == 0 else number % (self.clock + 2)
+        old = [n for n in self.living if n.saved and n.ages_from < before_at and not self.held(n)]
         assert self.run(self.store.purge(before_at, NOW)).responses == len(old)
         for node in old:
             node.is_living = False
@@ -354,7 +356,7 @@ class StoreMachine(RuleBasedStateMachine):
 # Time enough to shrink what is found.
 TestStoreModel = pytest.mark.timeout(360)(StoreMachine.TestCase)
 TestStoreModel.settings = settings(
-    max_examples=150,
+    max_examples=120,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
