@@ -65,7 +65,7 @@ CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
 IN_MEMORY = ":memory:"
-GC_THRESHOLDS = (20_000, 20, 50)
+GC_THRESHOLDS = (700, 20, 100)
 PURGE_EVERY_S = 3600.0
 # What the last event of a stream may take when the process is stopping.
 GOODBYE_S = 1.0
@@ -624,7 +624,7 @@ def serve(settings: Settings) -> int:
 
 
 def collect_rarely() -> None:
-    """With many requests at once, the default thresholds have the collector walk over living requests all the time."""
+    """What the program consists of is never garbage, and living requests need not be walked over that often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -54,6 +54,8 @@ class StreamPlan(msgspec.Struct, frozen=True):
     think: Think = "auto"
     # Of a reasoning item: id, text and details -> `encrypted_content`. None: the client does not need it.
     seal: Callable[[str, str, list[Json]], str] | None = None
+    # Whether nobody listens to events: a plain answer wants the response only.
+    silent: bool = False
     # Asked only when the backend gives no usage.
     estimate_input_tokens: Callable[[], int] = int
 
@@ -253,6 +255,8 @@ class ResponseStream:
         item.pieces.append(text)
         logprobs, self._logprobs = self._logprobs, []
         item.logprobs += logprobs
+        if self._plan.silent:
+            return
         self._events.append(
             {
                 "type": "response.output_text.delta",
@@ -463,11 +467,15 @@ class ResponseStream:
 
     def _at(self, kind: str, **body: Any) -> None:
         """An event about the open item."""
+        if self._plan.silent:
+            return
         item = self._item
         assert item is not None
         self._event(kind, item_id=item.item["id"], output_index=item.index, **body)
 
     def _event(self, kind: str, **body: Any) -> None:
+        if self._plan.silent:
+            return
         self._events.append({"type": kind, "sequence_number": self._sequence_number, **body})
         self._sequence_number += 1
 

@@ -116,6 +116,7 @@ class Turns:
             parallel=request.parallel_tool_calls is not False,
             expose=self._reasoning.expose,
             think=upstream.settings.think,
+            silent=not request.stream,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(rendered.body)) // BYTES_PER_TOKEN,
         )

@@ -154,5 +154,15 @@ def test_a_streamed_answer_says_what_the_plain_one_says(
     chunks += [delta(content=piece) for piece in data.draw(cuts(content))]
     chunks += data.draw(call_chunks(tool_calls))
     streamed = output(*chunks, delta(finish), **plan)
-    plain = output(message(finish, **fields, content=content, tool_calls=tool_calls), **plan)
+    whole = message(finish, **fields, content=content, tool_calls=tool_calls)
+    plain = output(whole, **plan)
     assert without_ids(streamed) == without_ids(plain)
+    assert plain == unheard(whole, **plan)
+
+
+def unheard(whole: Json, **plan: Any) -> list[Json]:
+    """The output items of a plain answer when nobody listens to events."""
+    stream = machine(**plan, silent=True)
+    assert stream.start() + stream.feed(whole) + stream.close() + stream.finish() == []
+    items: list[Json] = stream.snapshot()["output"]
+    return items
