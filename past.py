@@ -15,7 +15,7 @@ from leases import Lease, Leases
 from records import decoded
 from request import TurnRequest
 from sealing import Seals
-from verbs import Store, Window, cannot_continue, conversation_lock, locked, no_conversation
+from verbs import Store, Window, cannot_continue, conversation_lease, locked, no_conversation
 
 Json = dict[str, Any]
 
@@ -23,6 +23,7 @@ Json = dict[str, Any]
 REASONING = "reasoning"
 CONTINUED = frozenset({"completed", "incomplete"})
 NOTHING: tuple[str, ...] = ()
+NO_WINDOW = Window("completed", [], 0)
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -69,9 +70,9 @@ class Pasts:
     async def _found(self, request: TurnRequest, owner: str, lease: Lease | None) -> Past:
         window = await self._window(request, owner)
         new = await with_references(self._store, owner, request.items)
-        history = decoded(window.items) if window else []
+        history = decoded(window.items)
         refuse_repeated(history, new)
-        kept, left_out = mended(history, window.newest, window.status == "completed", new) if window else ([], [])
+        kept, left_out = mended(history, window.newest, window.status == "completed", new)
         open_seal = partial(self._seals.open, REASONING, owner)
         earlier, lost = unsealed(kept, open_seal, HISTORY)
         current, foreign = unsealed(new, open_seal, "input")
@@ -83,19 +84,19 @@ class Pasts:
             return None
         if await self._store.conversation(owner, request.conversation_id) is None:
             raise no_conversation(request.conversation_id, "conversation")
-        lease = self._leases.lease(conversation_lock(request.conversation_id, "").name)
+        lease = self._leases.lease(conversation_lease(request.conversation_id))
         if await lease.acquire(self._conversation_wait_s):
             return lease
         raise locked()
 
-    async def _window(self, request: TurnRequest, owner: str) -> Window | None:
+    async def _window(self, request: TurnRequest, owner: str) -> Window:
         if request.conversation_id:
             window = await self._store.conversation_window(owner, request.conversation_id)
             if window is None:
                 raise no_conversation(request.conversation_id, "conversation")
             return window
         if not request.previous_response_id:
-            return None
+            return NO_WINDOW
         window = await self._store.window(owner, request.previous_response_id)
         if window is None:
             raise cannot_continue(request.previous_response_id, "not found")

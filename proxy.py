@@ -314,15 +314,11 @@ class Edge:
         else:
             await send_json(exchange.send, response, headers)
 
-    async def responses(self, request: Request) -> Response:
-        """GET /v1/responses: the WebSocket's place; 426 makes clients fall back to HTTP."""
+    async def visit(self, request: Request, work: Callable[[Stored, Visit], Awaitable[Json]]) -> Response:
+        """Everything that reads or writes stored objects; 426 makes clients of a WebSocket fall back to HTTP."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
             return json_response(body, 426, {"upgrade": "HTTP/1.1"})
-        return await self.visit(request, Stored.responses)
-
-    async def visit(self, request: Request, work: Callable[[Stored, Visit], Awaitable[Json]]) -> Response:
-        """Everything that reads or writes stored objects."""
         caller = self._services.owners.caller(request.headers.get("authorization"))
         raw = b""
         if request.method == "POST":
@@ -339,7 +335,6 @@ def routes(edge: Edge) -> list[Route]:
     """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
     found: list[Route] = [Route("/healthz", edge.health)]
     for prefix in ("/v1", ""):
-        found.append(Route(f"{prefix}/responses", edge.responses, methods=["GET"]))
         found += [
             Route(prefix + path, partial(edge.visit, work=work), methods=[method])
             for (method, path), work in STORED_ROUTES.items()

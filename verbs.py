@@ -227,9 +227,9 @@ def clipped(given: str) -> str:
     return given if len(given) <= 128 else f"{given[:128]}…"
 
 
-def conversation_lock(conversation_id: str, holder: str) -> Lock:
-    """The lease that a turn holds on its conversation."""
-    return Lock(f"conversation {conversation_id}", holder)
+def conversation_lease(conversation_id: str) -> str:
+    """The name of the lease that a turn holds on its conversation."""
+    return f"conversation {conversation_id}"
 
 
 def no_response(response_id: str) -> NotFound:

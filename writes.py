@@ -16,7 +16,7 @@ from verbs import (
     NewItem,
     NewTurn,
     cannot_continue,
-    conversation_lock,
+    conversation_lease,
     locked,
     no_conversation,
     response_of,
@@ -59,7 +59,7 @@ def save(turn: NewTurn, db: sqlite3.Connection) -> None:
 
 
 def _place_for(turn: NewTurn, db: sqlite3.Connection) -> tuple[int | None, Place | None]:
-    """The thread that a turn goes on, None for a new one, and the turn before it. Raises: NotFound."""
+    """The thread that a turn goes on, None for a new one, and the turn before it. Raises: NotFound, InvalidRequest."""
     if turn.conversation_id:
         thread = thread_of(db, turn.owner, turn.conversation_id)
         if thread is None:
@@ -92,11 +92,12 @@ def _settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
 
 
 def _newest_compaction(turn: NewTurn) -> int | None:
-    for start, items in ((OUTPUTS_AT, turn.outputs), (0, turn.inputs)):
-        for place in reversed(range(len(items))):
-            if items[place].is_compaction:
-                return start + place
-    return None
+    found = _last_compaction(turn.outputs, OUTPUTS_AT)
+    return _last_compaction(turn.inputs) if found is None else found
+
+
+def _last_compaction(items: tuple[NewItem, ...], start: int = 0) -> int | None:
+    return next((start + n for n in reversed(range(len(items))) if items[n].is_compaction), None)
 
 
 def _insert_items(db: sqlite3.Connection, numbered: list[tuple[int, NewItem]], response_id: str) -> None:
@@ -114,8 +115,7 @@ def _kind(item: NewItem) -> int:
 def _append(db: sqlite3.Connection, owner: str, thread: int, items: tuple[NewItem, ...], now: float) -> None:
     newest = db.execute(NEWEST, (thread,)).fetchone()
     depth = newest[2] + 1 if newest else 0
-    compaction = next((place for place in reversed(range(len(items))) if items[place].is_compaction), None)
-    row = (None, owner, thread, depth, None, None, "completed", int(now), None, None, compaction, b"")
+    row = (None, owner, thread, depth, None, None, "completed", int(now), None, None, _last_compaction(items), b"")
     seq = db.execute(INSERT_TURN, row).lastrowid or 0
     _insert_items(db, list(enumerate(items, seq * PLACES)), "")
 
@@ -138,7 +138,7 @@ def update_conversation(
 
 
 def _refuse_locked(db: sqlite3.Connection, conversation_id: str, now: float) -> None:
-    if db.execute(IS_HELD_AT, (conversation_lock(conversation_id, "").name, now)).fetchone():
+    if db.execute(IS_HELD_AT, (conversation_lease(conversation_id), now)).fetchone():
         raise locked()
 
 

@@ -37,14 +37,26 @@ from store_builders import (
 )
 
 from errors import ConversationLocked, InvalidRequest, NotFound, ProxyError, StoreError
-from verbs import Conversation, FirstUse, ItemIds, Listed, Lock, NewTurn, Page, Purged, Store, Window, conversation_lock
+from verbs import (
+    Conversation,
+    FirstUse,
+    ItemIds,
+    Listed,
+    Lock,
+    NewTurn,
+    Page,
+    Purged,
+    Store,
+    Window,
+    conversation_lease,
+)
 
 pytest_plugins = ["store_fixtures"]
 
 Order = Literal["asc", "desc"]
 each_order = pytest.mark.parametrize("order", ["asc", "desc"])
 each_limit = pytest.mark.parametrize("limit", [1, 2, 3, 5, 100])
-LOCK = conversation_lock("conv", "me")
+LOCK = Lock(conversation_lease("conv"), "me")
 
 
 def next_to(side: str, cursor: str) -> Page:
@@ -1212,7 +1224,7 @@ async def test_a_turn_is_saved_under_its_lock_and_gives_it_back(store: Store) ->
     await store.save(turn("a", conversation_id="conv", lock=LOCK))
     assert await conversation_ids(store) == both_of("a")
     assert await store.renew(LOCK, NOW + 60) is False
-    assert await store.acquire(conversation_lock("conv", "you"), NOW, NOW + 60) is True
+    assert await store.acquire(Lock(conversation_lease("conv"), "you"), NOW, NOW + 60) is True
 
 
 async def test_a_turn_without_a_lock_leaves_the_lock_of_another(store: Store) -> None:
@@ -1242,7 +1254,7 @@ async def test_a_lock_of_a_lease_that_ran_out_is_good_until_another_has_it(store
 
 async def lose_to_another(store: Store) -> None:
     await store.acquire(LOCK, NOW, NOW + 1)
-    await store.acquire(conversation_lock("conv", "you"), NOW + 2, NOW + 60)
+    await store.acquire(Lock(conversation_lease("conv"), "you"), NOW + 2, NOW + 60)
 
 
 async def lose_by_release(store: Store) -> None:
