@@ -10,7 +10,8 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── ConversationLocked         conversation_locked: another turn is writing it
 │   ├── NotFound              404  no such object for this owner, or no such route
 │   ├── MethodNotAllowed      405  the route is there, the method is not
-│   └── StillRunning          409  the same request is being answered; clients try again by themselves
+│   ├── StillRunning          409  what it needs is being answered; clients try again by themselves
+│   └── QueueFull             429  rate_limit_exceeded: too many background responses wait already
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502
@@ -40,7 +41,7 @@ class ProxyError(Exception):
     """`status`, `type` and `code` are the class's unless given."""
 
     status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    type: str = "server_error"
     code: ClassVar[str | None] = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -102,6 +103,10 @@ class StillRunning(InvalidRequest):
     status = 409
 
 
+class QueueFull(InvalidRequest):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
 class StoreError(ProxyError):
     status, code = 503, "store_unavailable"
 
@@ -136,11 +141,7 @@ class UpstreamRefused(UpstreamError):
     def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, param=param, code=code or REFUSAL_CODES.get(status))
         self.http_status = status
-
-    def to_wire(self) -> Json:
-        wire = super().to_wire()["error"]
-        default = "invalid_request_error" if self.http_status < 500 else "server_error"
-        return {"error": {**wire, "type": REFUSAL_TYPES.get(self.http_status, default)}}
+        self.type = REFUSAL_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 class WindowExceeded(UpstreamRefused):

@@ -5,6 +5,10 @@ May not know chat messages, the HTTP framework or SQL.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +18,10 @@ from history import HISTORY, check_ids, mended, references, refuse_repeated, res
 from leases import Lease, Leases
 from records import decoded
 from request import TurnRequest
+from run_verbs import UNFINISHED
 from sealing import Seals
-from verbs import Store, Window, cannot_continue, conversation_lease, locked, no_conversation
+from verbs import Store, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
+from watching import Watcher
 
 Json = dict[str, Any]
 
@@ -23,6 +29,8 @@ Json = dict[str, Any]
 REASONING = "reasoning"
 CONTINUED = frozenset({"completed", "incomplete"})
 NOTHING: tuple[str, ...] = ()
+# A parent is looked at again after that time even when nobody tells of a change.
+LOOK_AGAIN_S = 5.0
 NO_WINDOW = Window("completed", [], 0)
 
 
@@ -43,32 +51,70 @@ class Past(msgspec.Struct, frozen=True):
             await self.lease.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What a turn waits for: its conversation, which another turn holds, and a parent that runs in background."""
+
+    conversation_s: float
+    parent_s: float
+
+
 class Pasts:
     """Finds the past of each request."""
 
-    def __init__(self, leases: Leases, seals: Seals, conversation_wait_s: float) -> None:
+    def __init__(self, leases: Leases, seals: Seals, watcher: Watcher, patience: Patience) -> None:
         self._leases = leases
         self._store = leases.store
         self._seals = seals
-        self._conversation_wait_s = conversation_wait_s
+        self._watcher = watcher
+        self._patience = patience
 
     async def of(self, request: TurnRequest, owner: str) -> Past:
-        """Raises: InvalidRequest, NotFound, ConversationLocked, StoreError."""
+        """Raises: InvalidRequest, NotFound, ConversationLocked, StillRunning, StoreError."""
         items = request.items
-        if isinstance(request.input, str) and not request.previous_response_id and not request.conversation:
+        if _is_alone(request):
             return Past(items, items, NOTHING)
         check_ids(items, "input")
         lease = await self._lock(request, owner)
         past = None
         try:
-            past = await self._found(request, owner, lease)
+            window = await self._ended_window(request, owner)
+            past = await self._found(request, owner, window, lease)
         finally:
             if past is None and lease is not None:
                 await lease.release()
         return past
 
-    async def _found(self, request: TurnRequest, owner: str, lease: Lease | None) -> Past:
+    async def seen(self, request: TurnRequest, owner: str) -> tuple[Past, bool]:
+        """What a turn would begin with just now, without the right to write; and whether its parent has ended.
+
+        Before that, its own items are all there is to see. Raises: InvalidRequest, NotFound, StoreError.
+        """
+        items = request.items
+        if _is_alone(request):
+            return Past(items, items, NOTHING), True
+        check_ids(items, "input")
         window = await self._window(request, owner)
+        if window.status in UNFINISHED:
+            return Past([], await with_references(self._store, owner, items), NOTHING), False
+        return await self._found(request, owner, window, None), True
+
+    async def _ended_window(self, request: TurnRequest, owner: str) -> Window:
+        """Waits for a parent that runs still. Raises: StillRunning when it does so for too long."""
+        parent = request.previous_response_id or ""
+        window = await self._window(request, owner)
+        if window.status not in UNFINISHED:
+            return window
+        with contextlib.suppress(TimeoutError), self._watcher.watching(parent) as watch:
+            async with asyncio.timeout(self._patience.parent_s):
+                while window.status in UNFINISHED:
+                    await watch.changed(LOOK_AGAIN_S)
+                    window = await self._window(request, owner)
+        if window.status in UNFINISHED:
+            raise still_running(parent)
+        return window
+
+    async def _found(self, request: TurnRequest, owner: str, window: Window, lease: Lease | None) -> Past:
         new = await with_references(self._store, owner, request.items)
         history = decoded(window.items)
         refuse_repeated(history, new)
@@ -85,7 +131,8 @@ class Pasts:
         if await self._store.conversation(owner, request.conversation_id) is None:
             raise no_conversation(request.conversation_id, "conversation")
         lease = self._leases.lease(conversation_lease(request.conversation_id))
-        if await lease.acquire(self._conversation_wait_s):
+        # In background nobody waits, and who holds the conversation gives it back.
+        if await lease.acquire(math.inf if request.background else self._patience.conversation_s):
             return lease
         raise locked()
 
@@ -100,9 +147,14 @@ class Pasts:
         window = await self._store.window(owner, request.previous_response_id)
         if window is None:
             raise cannot_continue(request.previous_response_id, "not found")
-        if window.status not in CONTINUED:
+        if window.status not in CONTINUED | UNFINISHED:
             raise cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
         return window
+
+
+def _is_alone(request: TurnRequest) -> bool:
+    """Whether it continues nothing and refers to nothing."""
+    return isinstance(request.input, str) and not request.previous_response_id and not request.conversation
 
 
 async def with_references(store: Store, owner: str, items: list[Json]) -> list[Json]:

@@ -17,12 +17,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -34,157 +36,59 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from answers import (
+    EVENT_STREAM_HEADERS,
+    ClientGone,
+    EventStream,
+    Headers,
+    Streamed,
+    TurnStream,
+    WaitingStream,
+    Watched,
+    read_body,
+    send_json,
+)
 from auth import Owners, new_key
+from background import Background, Follower
 from errors import (
-    BodyTooLarge,
-    InvalidRequest,
     MethodNotAllowed,
     NotFound,
     ProxyError,
     StoreError,
     UnsupportedParameter,
 )
+from frames import DONE, encode
+from jobs import CLEAR, jobs_table
 from leases import Leases
+from metrics import CONTENT_TYPE, Metrics
 from once import Once
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
+from run_verbs import RunStore
 from sealing import Seals, load_keys
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sources import Ids, Sources
 from store import StoreSettings, open_store
-from stored import STORED_ROUTES, Stored, Visit
-from streaming import Event, Json
+from stored import STORED_ROUTES, Stored, Visit, Work
 from turns import Asked, Means, Turn, Turns
 from upstream import Upstream, Upstreams
 from verbs import KeptResponse, Purged, Store
+from watching import Watcher
 
 log = logging.getLogger("responses_proxy")
 
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
-KEEPALIVE = b": keepalive\n\n"
-DONE = b"data: [DONE]\n\n"
 IN_MEMORY = ":memory:"
 GC_THRESHOLDS = (700, 20, 100)
 PURGE_EVERY_S = 3600.0
-# What the last event of a stream may take when the process is stopping.
-GOODBYE_S = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+JOBS_EVERY_S = 1.0
 # The request that a log line belongs to.
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
-
-
-class ClientGone(Exception):
-    """The client closed its connection."""
-
-
-# A request that takes less than this is not watched: its answer is there before the watcher would be.
-UNWATCHED_S = 0.05
-
-
-class Watched:
-    """Work that is cancelled when the client leaves: `async with Watched(receive): ...`. Raises: ClientGone.
-
-    Without a watcher neither a flowing nor a silent answer would ever notice that nobody listens.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._watcher: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> None:
-        self._working = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(UNWATCHED_S, self._begin)
-
-    def _begin(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        assert self._working is not None
-        self._working.cancel()
-
-    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        self._timer.cancel()
-        if self._watcher is None:
-            return
-        gone = self._watcher.done()
-        self._watcher.cancel()
-        await asyncio.wait({self._watcher})
-        if gone and kind is asyncio.CancelledError and self._working and self._working.uncancel() == 0:
-            raise ClientGone from error
-
-
-def encode(events: list[Event]) -> bytes:
-    """Server-sent events, LF only, each whole: a parser in use loses state between reads."""
-    return b"".join([b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events])
-
-
-EVENT_STREAM_HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
-
-
-class EventStream:
-    """The ASGI response of a streamed turn: one send per read of the backend, comments in between, `[DONE]` last."""
-
-    def __init__(self, turn: Turn, headers: list[tuple[bytes, bytes]], keepalive_s: float) -> None:
-        self._turn = turn
-        self._headers = [*EVENT_STREAM_HEADERS, *headers]
-        self._keepalive_s = keepalive_s
-        self._sent_at = 0.0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._sent_at = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.TaskGroup() as group:
-                companion = group.create_task(self._accompany(receive, send))
-                await self._pump(send)
-                companion.cancel()
-        except* ClientGone:
-            log.info("client left a stream")
-        finally:
-            await self._turn.close()
-
-    async def _pump(self, send: Send) -> None:
-        time_of = asyncio.get_running_loop().time
-        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-        async with contextlib.aclosing(self._turn.events()) as batches:
-            try:
-                async for events in batches:
-                    await send({"type": "http.response.body", "body": encode(events), "more_body": True})
-                    self._sent_at = time_of()
-            except asyncio.CancelledError:
-                await self._say_goodbye(send)
-                raise
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-    async def _say_goodbye(self, send: Send) -> None:
-        """The terminal event of a stream that a stopping process has to leave; a client that is gone gets nothing."""
-        last = self._turn.fail(ProxyError("The proxy was stopped before the answer was finished."))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_S):
-                await send({"type": "http.response.body", "body": encode(last) + DONE, "more_body": False})
-
-    async def _accompany(self, receive: Receive, send: Send) -> None:
-        """Keeps a silent stream alive, and ends it when the client leaves."""
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                async with asyncio.timeout_at(self._sent_at + self._keepalive_s):
-                    message = await receive()
-            except TimeoutError:
-                if loop.time() >= self._sent_at + self._keepalive_s:
-                    await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
-                    self._sent_at = loop.time()
-            else:
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -196,45 +100,13 @@ def error_response(error: ProxyError) -> Response:
     return json_response(error.to_wire(), error.http_status, headers)
 
 
-async def send_json(send: Send, body: Any, headers: list[tuple[bytes, bytes]]) -> None:
-    """A 200 with a JSON body, without the framework's part in it: every plain turn passes here."""
-    raw = orjson.dumps(body)
-    fixed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
-    await send({"type": "http.response.start", "status": 200, "headers": fixed + headers})
-    await send({"type": "http.response.body", "body": raw})
-
-
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The request body. Raises: BodyTooLarge, InvalidRequest for an encoding, ClientGone."""
-    values = scope["header_values"]
-    length = values.get(b"content-length", b"")
-    if length.isdigit() and int(length) > limit_bytes:
-        raise _too_large(limit_bytes)
-    if values.get(b"content-encoding", b"identity") != b"identity":
-        raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
-    pieces: list[bytes] = []
-    size_bytes = 0
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        pieces.append(message.get("body", b""))
-        size_bytes += len(pieces[-1])
-        if size_bytes > limit_bytes:
-            raise _too_large(limit_bytes)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The request body is larger than {limit_bytes} bytes.")
-
-
-def ignored_header(names: tuple[str, ...]) -> tuple[bytes, bytes]:
-    """Names of what was left out, safe for a header whatever the client wrote."""
-    shown = ", ".join(name.encode("ascii", "replace").decode() for name in names)
-    return b"x-responses-proxy-ignored", re.sub(r"[^ -~]", "?", shown)[:2000].encode()
+def ignored_headers(names: tuple[str, ...]) -> Headers:
+    """Names of what was left out, safe for a header whatever the client wrote; none where nothing was."""
+    if not names:
+        return []
+    shown = re.sub(r"[^ -~]", "?", ", ".join(name.encode("ascii", "replace").decode() for name in names))[:2000]
+    log.info("left out of %s: %s", REQUEST_ID.get(), shown)
+    return [(b"x-responses-proxy-ignored", shown.encode())]
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -278,21 +150,53 @@ class Edge:
             await self._answer(exchange, Asked(request, caller))
 
     async def _answer(self, exchange: Exchange, asked: Asked) -> None:
-        scope, receive, send = exchange
-        response = None
-        async with Watched(receive):
-            turn = await self._services.turns.prepare(asked)
-            if asked.request.stream:
-                await turn.accept()
-            else:
+        if asked.request.background:
+            await self._answer_queued(exchange, asked)
+        elif not asked.request.stream:
+            async with Watched(exchange.receive):
+                turn = await self._services.turns.prepare(asked)
                 response = await turn.run()
-        headers = [ignored_header(turn.ignored)] if turn.ignored else []
-        if headers:
-            log.info("left out of %s: %s", scope["request_id"], headers[0][1].decode())
-        if response is None:
-            await EventStream(turn, headers, self._keepalive_s)(scope, receive, send)
+            await send_json(exchange.send, response, ignored_headers(turn.ignored))
+        elif asked.request.previous_response_id:
+            await self._stream_patiently(exchange, asked)
         else:
-            await send_json(send, response, headers)
+            async with Watched(exchange.receive):
+                turn = await self._accepted(asked)
+            await self._stream(exchange, TurnStream(turn), ignored_headers(turn.ignored))
+
+    async def _accepted(self, asked: Asked) -> Turn:
+        turn = await self._services.turns.prepare(asked)
+        await turn.accept()
+        return turn
+
+    async def _stream_patiently(self, exchange: Exchange, asked: Asked) -> None:
+        """A stream whose parent may run still: it begins without a word of the backend when that takes too long."""
+        preparing = asyncio.create_task(self._accepted(asked))
+        waiting = WaitingStream(preparing, partial(self._services.turns.refused, asked.request))
+        ignored: tuple[str, ...] = ()
+        try:
+            async with Watched(exchange.receive):
+                await asyncio.wait({preparing}, timeout=self._keepalive_s)
+            if preparing.done():
+                ignored = preparing.result().ignored
+        except BaseException:
+            await waiting.close()
+            raise
+        await self._stream(exchange, waiting, ignored_headers(ignored))
+
+    async def _stream(self, exchange: Exchange, source: Streamed, headers: Headers) -> None:
+        await EventStream(source, headers, self._keepalive_s)(*exchange)
+
+    async def _answer_queued(self, exchange: Exchange, asked: Asked) -> None:
+        """A run that was admitted is carried out whether or not its client stays."""
+        background = self._services.background
+        response, ignored = await background.admit(asked)
+        headers = ignored_headers(ignored)
+        if asked.request.stream:
+            follower = await background.follower(asked.caller.owner, response["id"])
+            await self._stream(exchange, follower, headers)
+        else:
+            await send_json(exchange.send, response, headers)
 
     async def _answer_once(self, exchange: Exchange, asked: Asked, key: str, raw: bytes) -> None:
         claim = await self._services.once.claim(asked.caller.owner, key, raw)
@@ -306,15 +210,18 @@ class Edge:
 
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
         response, ignored = restored(earlier), ignored_of(earlier)
-        headers = [(b"idempotent-replayed", b"true"), *([ignored_header(ignored)] if ignored else [])]
-        if asked.request.stream:
+        headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
+        if asked.request.stream and asked.request.background:
+            follower = await self._services.background.follower(asked.caller.owner, response["id"])
+            await self._stream(exchange, follower, headers)
+        elif asked.request.stream:
             started = {"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]}
             await exchange.send(started)
             await exchange.send({"type": "http.response.body", "body": encode(replayed(response)) + DONE})
         else:
             await send_json(exchange.send, response, headers)
 
-    async def visit(self, request: Request, work: Callable[[Stored, Visit], Awaitable[Json]]) -> Response:
+    async def visit(self, request: Request, work: Work) -> ASGIApp:
         """Everything that reads or writes stored objects; 426 makes clients of a WebSocket fall back to HTTP."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
@@ -324,16 +231,22 @@ class Edge:
         if request.method == "POST":
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
         visit = Visit(caller.owner, request.path_params, request.query_params.multi_items(), raw)
-        return json_response(await work(self._services.stored, visit))
+        answer = await work(self._services.stored, visit)
+        return EventStream(answer, [], self._keepalive_s) if isinstance(answer, Follower) else json_response(answer)
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
         return json_response({"status": "ok"})
 
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        queue = await self._services.background.store.queue()
+        return Response(self._services.metrics.text(queue.queued, queue.running), media_type=CONTENT_TYPE)
+
 
 def routes(edge: Edge) -> list[Route]:
     """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
-    found: list[Route] = [Route("/healthz", edge.health)]
+    found: list[Route] = [Route("/healthz", edge.health), Route("/metrics", edge.metrics)]
     for prefix in ("/v1", ""):
         found += [
             Route(prefix + path, partial(edge.visit, work=work), methods=[method])
@@ -453,9 +366,11 @@ class Services:
     """What the handlers work with."""
 
     turns: Turns
+    background: Background
     stored: Stored
     once: Once
     owners: Owners
+    metrics: Metrics
 
 
 @contextlib.asynccontextmanager
@@ -472,13 +387,19 @@ async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
         sources = Sources(time.time, Ids(time.time))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
-        services = await make_services(settings, upstreams, leases, sources)
-        for work in (upstreams.look(), purge_again_and_again(store, settings.store, sources)):
+        watcher = Watcher(store)
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher)
+        services = await make_services(settings, store, means)
+        background = services.background
+        purging = purge_again_and_again(store, settings.store, sources)
+        for work in (upstreams.look(), purging, watcher.run(), background.run()):
             stack.push_async_callback(ended, asyncio.create_task(work))
+        stack.push_async_callback(background.stop)
+        stack.enter_context(told_to_stop(background))
         yield Outermost(Edge(settings, services), sources.new_id)
 
 
-async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> Store:
+async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
     """Raises: SettingsError."""
     try:
         store = await open_store(settings.store)
@@ -488,17 +409,49 @@ async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return store
 
 
-async def make_services(settings: Settings, upstreams: Upstreams, leases: Leases, sources: Sources) -> Services:
+def make_seals(settings: Settings) -> Seals:
     """Raises: SettingsError."""
-    path, store = settings.store.path, leases.store
+    path = settings.store.path
     try:
-        seals = Seals(load_keys(settings.sealing, None if path == IN_MEMORY else Path(f"{path}.key")))
-        owners = Owners(settings.auth, await store.secret("owner"))
+        return Seals(load_keys(settings.sealing, None if path == IN_MEMORY else Path(f"{path}.key")))
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error
-    turns = Turns(Means(upstreams, leases, seals, sources), settings.turns, settings.reasoning)
-    stored = Stored(store, sources, settings.limits, settings.turns.conversation_wait_s)
-    return Services(turns, stored, Once(leases), owners)
+
+
+async def make_services(settings: Settings, store: RunStore, means: Means) -> Services:
+    """Raises: SettingsError."""
+    try:
+        owners = Owners(settings.auth, await store.secret("owner"))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    turns = Turns(means, settings.turns, settings.reasoning)
+    metrics = Metrics()
+    background = Background(store, turns, means, settings.background, metrics)
+    stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
+    return Services(turns, background, stored, Once(means.leases), owners, metrics)
+
+
+@contextlib.contextmanager
+def told_to_stop(background: Background) -> Iterator[None]:
+    """Runs are given back at the first signal to stop, while the server waits for the answers that it gives still."""
+    loop = asyncio.get_running_loop()
+    stopping: set[asyncio.Task[None]] = set()
+    before: dict[int, Any] = {}
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(lambda: stopping.add(loop.create_task(background.stop())))
+        before[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, tell)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def ended(task: asyncio.Task[None]) -> None:
@@ -534,7 +487,7 @@ app = Application(settings_of_environ)
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("serve", "check", "purge", "key")
+COMMANDS = ("serve", "check", "purge", "key", "jobs")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -553,6 +506,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         const="",
         help="file that keeps responses (responses.db), or :memory:; `check --store` looks for damage in it",
     )
+    parser.add_argument("--watch", action="store_true", help="`jobs --watch` shows them again every second")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     return parser.parse_args(argv)
 
@@ -608,11 +562,19 @@ def server_config(settings: Settings) -> uvicorn.Config:
     )
 
 
+class Server(uvicorn.Server):
+    """A second signal of either kind ends it at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
+
 def serve(settings: Settings) -> int:
     """Serves until a signal. Foreground turns get `shutdown_grace_s`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _stop)  # the server raises the signal once more when it has stopped
-    server = uvicorn.Server(server_config(settings))
+    server = Server(server_config(settings))
     collect_rarely()
     server.run()
     return 0 if server.started else 1
@@ -652,6 +614,17 @@ async def purge_once(settings: Settings) -> int:
     async with contextlib.AsyncExitStack() as stack:
         purged = await purge(await opened_store(settings, stack), settings.store, time.time())
     print(f"{settings.store.path}: {purged.responses} responses purged, {purged.freed_bytes} bytes given back")
+    return 0
+
+
+async def show_jobs(settings: Settings, is_watched: bool) -> int:
+    """The command `jobs`: the background responses that have not ended, again every second when they are watched."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = await opened_store(settings, stack)
+        print(jobs_table(await store.runs(), time.time()))
+        while is_watched:
+            await asyncio.sleep(JOBS_EVERY_S)
+            print(CLEAR + jobs_table(await store.runs(), time.time()), flush=True)
     return 0
 
 
@@ -695,9 +668,11 @@ def run_command(args: argparse.Namespace, settings: Settings) -> int:
     """The exit code of a command. Raises: SettingsError, StoreError."""
     if args.command == "key":
         return print_key(settings)
-    if args.command == "purge" or (args.command == "check" and args.store is not None):
+    if args.command in ("purge", "jobs") or (args.command == "check" and args.store is not None):
         if not Path(settings.store.path).is_file():
             raise SettingsError(f"store.path: there is no file '{settings.store.path}'")
+        if args.command == "jobs":
+            return asyncio.run(show_jobs(settings, args.watch))
         return asyncio.run(purge_once(settings) if args.command == "purge" else check_store(settings))
     if not settings.upstream:
         raise SettingsError("no upstream: give --upstream URL or [[upstream]] in the settings file")

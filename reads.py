@@ -19,6 +19,8 @@ from verbs import Conversation, KeptResponse, Listed, Page, Window, response_of
 T = TypeVar("T")
 
 LAST = (1 << 63) - 1
+# Statuses of turns whose items are in windows.
+CONTINUED = ("completed", "incomplete")
 # Kinds of items.
 LISTED, UNLISTED, COMPACTION = 0, 1, 2
 
@@ -44,6 +46,7 @@ class Place(NamedTuple):
 
 
 TURN = "SELECT seq, thread, depth, status FROM turn WHERE id = ? AND owner = ? AND deleted_at IS NULL"
+LASTING = "turn.lives_until IS NULL"
 NEWEST = "SELECT seq, thread, depth, status FROM turn WHERE thread = ? ORDER BY depth DESC LIMIT 1"
 NEWEST_COMPACTION = f"""SELECT depth, seq * {PLACES} + compaction FROM turn
     WHERE thread = ? AND depth <= ? AND compaction IS NOT NULL ORDER BY depth DESC LIMIT 1"""
@@ -56,7 +59,8 @@ ITEMS = f"""SELECT item.seq, item.body FROM turn CROSS JOIN item
 ITEMS_IN = {"asc": ITEMS.format(order="ASC"), "desc": ITEMS.format(order="DESC")}
 OUTPUTS = "SELECT body FROM item WHERE seq BETWEEN ? AND ? ORDER BY seq"
 OF_ITEM = """SELECT item.seq, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
-    turn.deleted_at IS NULL OR (thread.is_conversation AND NOT item.is_removed), item.body FROM"""
+    (turn.deleted_at IS NULL AND turn.lives_until IS NULL) OR (thread.is_conversation AND NOT item.is_removed),
+    item.body FROM"""
 OF_TURN = "JOIN thread ON thread.seq = turn.thread"
 BY_INDEX = f"""{OF_ITEM} item_id JOIN item ON item.seq = item_id.item
     JOIN turn ON turn.seq = item_id.item / {PLACES} {OF_TURN} WHERE item_id.id = ?"""
@@ -92,7 +96,7 @@ def _spans_before(db: sqlite3.Connection, place: Place) -> list[_Span]:
 
 
 def _window(db: sqlite3.Connection, place: Place) -> Window:
-    if place.status in ("failed", "cancelled"):
+    if place.status not in CONTINUED:
         return Window(place.status, [], 0)
     rows: list[tuple[int, bytes]] = []
     for span in _spans(db, place.thread, place.depth):
@@ -198,7 +202,7 @@ def response(owner: str, response_id: str, db: sqlite3.Connection) -> KeptRespon
 
 
 def responses(owner: str, page: Page, model: str | None, db: sqlite3.Connection) -> Listed[KeptResponse]:
-    of_model = "AND (?2 IS NULL OR settings.model = ?2) "
+    of_model = f"AND {LASTING} AND (?2 IS NULL OR settings.model = ?2) "
 
     def seq_of(name: str, given: str) -> int:
         if found := db.execute(RESPONSE + of_model + "AND turn.id = ?3", (owner, model, given)).fetchone():
@@ -214,8 +218,8 @@ def responses(owner: str, page: Page, model: str | None, db: sqlite3.Connection)
 
 
 def response_window(owner: str, response_id: str, db: sqlite3.Connection) -> Window | None:
-    place = place_of(db, owner, response_id)
-    return _window(db, place) if place else None
+    found = db.execute(f"{TURN} AND {LASTING}", (response_id, owner)).fetchone()
+    return _window(db, Place(*found)) if found else None
 
 
 def input_items(owner: str, response_id: str, page: Page, db: sqlite3.Connection) -> Listed[bytes] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import msgspec
 import orjson
 
 from request import TurnRequest
@@ -88,10 +89,26 @@ def decoded(items: list[bytes]) -> list[Json]:
     return found
 
 
+# What nothing goes on from: a turn that failed; in a conversation, one that has not ended, too.
+DETACHED = {False: ("failed",), True: ("failed", "queued")}
+
+
 def new_turn(
     owner: str, response: Json, inputs: list[Json], request: TurnRequest, ignored: tuple[str, ...] = ()
 ) -> NewTurn:
-    """What the store is given of a response that has ended; inputs: its own items, identified."""
+    """What the store is given of a response that is queued or has ended; inputs: its own items, identified."""
+    return msgspec.structs.replace(
+        bare_turn(owner, response, ignored),
+        inputs=new_items(inputs),
+        previous_id=request.previous_response_id,
+        conversation_id=request.conversation_id,
+        is_detached=not request.is_stored or response["status"] in DETACHED[bool(request.conversation)],
+        is_brief=not request.is_stored,
+    )
+
+
+def bare_turn(owner: str, response: Json, ignored: tuple[str, ...] = ()) -> NewTurn:
+    """What the store is given of a response alone, without what it continues."""
     settings, body = settings_and_body(response, ignored)
     return NewTurn(
         id=response["id"],
@@ -102,11 +119,8 @@ def new_turn(
         model=response["model"],
         settings=settings,
         body=body,
-        inputs=new_items(inputs),
         outputs=new_items(response["output"]),
-        previous_id=request.previous_response_id,
-        conversation_id=request.conversation_id,
-        is_detached=response["status"] == "failed",
+        is_detached=True,
     )
 
 
@@ -232,6 +246,5 @@ def item_list(listed: Listed[bytes], include: Collection[str]) -> Json:
 
 def conversation_object(conversation: Conversation) -> Json:
     """A conversation as the API has it."""
-    metadata = orjson.loads(conversation.metadata)
-    created_at = conversation.created_at
-    return {"id": conversation.id, "object": "conversation", "created_at": created_at, "metadata": metadata}
+    told = {"id": conversation.id, "object": "conversation", "created_at": conversation.created_at}
+    return {**told, "metadata": orjson.loads(conversation.metadata)}

@@ -27,8 +27,13 @@ def replayed(response: Json) -> list[Event]:
     said = [(name, {"response": _begun(response)}) for name in ("created", "in_progress")]
     for index, item in enumerate(response["output"]):
         said += _item(index, item)
-    said.append((TERMINAL[response["status"]], {"response": response}))
-    return [{"type": f"response.{kind}", "sequence_number": n, **body} for n, (kind, body) in enumerate(said)]
+    events = [{"type": f"response.{kind}", "sequence_number": n, **body} for n, (kind, body) in enumerate(said)]
+    return [*events, terminal(response, len(events))]
+
+
+def terminal(response: Json, number: int) -> Event:
+    """The last event of a stream. Raises: KeyError for a response that has not ended."""
+    return {"type": f"response.{TERMINAL[response['status']]}", "sequence_number": number, "response": response}
 
 
 def _begun(response: Json) -> Json:

@@ -62,7 +62,7 @@ REQUEST_FIELDS: dict[str, Field] = {
     "truncation": Field("kept", "`auto` is left out and named"),
     "previous_response_id": Field("emulated", "the chain's items come before `input`; any response can be continued"),
     "conversation": Field("emulated", "its items come before `input`; input and output join it"),
-    "background": Field("refused", "not in this version yet; 400 when true"),
+    "background": Field("emulated", "queued in the store, and carried out whoever stays connected"),
     "prompt": Field("refused", "stored prompt templates live at OpenAI; 400"),
     "context_management": Field("left out", "named"),
     "moderation": Field("left out", "named"),
@@ -113,7 +113,7 @@ class Text(msgspec.Struct, frozen=True):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
+class TurnRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """POST /v1/responses, validated; null equals absence. Items and tools stay raw."""
 
     model: str
@@ -325,11 +325,6 @@ def _check_ids(request: TurnRequest, limits: RequestLimits) -> None:
             )
 
 
-def _check_background(request: TurnRequest, limits: RequestLimits) -> None:
-    if request.background:
-        raise UnsupportedParameter("'background' is not in this version yet.", param="background")
-
-
 CHECKS = (
     _check_input,
     lambda request, limits: check_metadata(request.metadata or {}),
@@ -338,7 +333,6 @@ CHECKS = (
     _check_prompt,
     _check_exclusive,
     _check_ids,
-    _check_background,
 )
 
 

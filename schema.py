@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from errors import StoreError
+from run_tables import add_runs
 
 APPLICATION_ID = 0x52705278
 # Rows of items have half a page of waste at each end of a page at worst: the larger the page, the less of it.
@@ -81,7 +82,7 @@ def _create(db: sqlite3.Connection) -> None:
 
 
 # The function at index n brings a file from version n to n + 1 (PRAGMA user_version).
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create,)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create, add_runs)
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from auth import AuthSettings
+from background import BackgroundSettings
 from errors import Json
 from request import RequestLimits
 from sealing import SealingSettings
@@ -57,6 +58,7 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     sealing: SealingSettings = field(default_factory=SealingSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
+    background: BackgroundSettings = field(default_factory=BackgroundSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
 
@@ -68,6 +70,7 @@ SECTIONS: dict[str, type[Any]] = {
     "store": StoreSettings,
     "sealing": SealingSettings,
     "turns": TurnSettings,
+    "background": BackgroundSettings,
     "reasoning": ReasoningSettings,
     "upstream": UpstreamSettings,
 }

@@ -13,9 +13,11 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import reads
+import run_rows
 import writes
 from errors import StoreError
 from lanes import DatabaseThread, Lane, read_all, store_error, write_all
+from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
 from schema import migrate, use_wal
 from verbs import (
     Conversation,
@@ -92,7 +94,7 @@ def _prepare(settings: StoreSettings, db: sqlite3.Connection) -> None:
 
 
 class SQLiteStore:
-    """The verbs of `verbs.Store` on SQLite."""
+    """The verbs of `run_verbs.RunStore` on SQLite."""
 
     def __init__(self, writer: Lane, reader: Lane) -> None:
         self._writer = writer
@@ -171,6 +173,57 @@ class SQLiteStore:
         if freed_bytes:
             await self._writer.run_bare(writes.checkpoint)
         return Purged(responses, freed_bytes)
+
+    async def admit(self, run: NewRun, limits: QueueLimits) -> None:
+        await self._writer.do(partial(run_rows.admit, run, limits))
+
+    async def claim(self, holder: str, until_at: float, limit: int) -> list[Run]:
+        return await self._writer.do(partial(run_rows.claim, holder, until_at, limit))
+
+    async def renew_runs(self, holder: str, until_at: float) -> list[Held]:
+        return await self._writer.do(partial(run_rows.renew, holder, until_at))
+
+    async def held(self, holder: str) -> list[Held]:
+        return await self._reader.do(partial(run_rows.held, holder))
+
+    async def release_runs(self, holder: str) -> None:
+        await self._writer.do(partial(run_rows.release, holder))
+
+    async def log(self, held: Held, batch: Batch) -> bool:
+        return await self._writer.do(partial(run_rows.log, held, batch))
+
+    async def settle(self, held: Held, ending: Ending) -> bool:
+        return await self._writer.do(partial(run_rows.settle, held, ending))
+
+    async def free(self, held: Held) -> None:
+        await self._writer.do(partial(run_rows.free, held))
+
+    async def let_go(self, held: Held) -> None:
+        await self._writer.do(partial(run_rows.let_go, held))
+
+    async def stop(self, owner: str, response_id: str, log_until_at: float, lives_until: float) -> Stopped | None:
+        return await self._writer.do(partial(run_rows.stop, owner, response_id, log_until_at, lives_until))
+
+    async def is_held(self, run: int) -> bool:
+        return await self._reader.do(partial(run_rows.is_held, run))
+
+    async def tail(self, owner: str, response_id: str, after: int) -> Tail | None:
+        return await self._reader.do(partial(run_rows.tail, owner, response_id, after))
+
+    async def states(self, response_ids: list[str]) -> dict[str, tuple[str, int | None]]:
+        return await self._reader.do(partial(run_rows.states, response_ids))
+
+    async def version(self) -> int:
+        return await self._reader.run_bare(run_rows.version)
+
+    async def sweep_runs(self, now: float) -> int:
+        return await self._writer.do(partial(run_rows.sweep, now))
+
+    async def runs(self) -> list[RunInfo]:
+        return await self._reader.do(run_rows.runs)
+
+    async def queue(self) -> QueueState:
+        return await self._reader.do(run_rows.queue)
 
     async def problems(self) -> list[str]:
         return await self._reader.do(reads.problems)

@@ -1,6 +1,6 @@
 """Stored responses and conversations: what the retrieve, list, change and delete routes answer.
 
-May not know the HTTP framework or SQL. Every method takes a Visit and gives the JSON of a 200.
+May not know the HTTP framework or SQL. Every method takes a Visit and gives the JSON of a 200, or events.
 Source: OpenAI openapi.json f85dbe2 and the resources of the openai SDK 3.52, read 2026-11-20.
 """
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import orjson
 
+from background import Background, Follower
 from errors import ConversationLocked, InvalidRequest, NotFound, UnsupportedParameter
 from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
@@ -96,23 +97,30 @@ class AddedItems(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Stored:
     """The routes on stored objects."""
 
-    def __init__(self, store: Store, sources: Sources, limits: RequestLimits, conversation_wait_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        background: Background,
+        sources: Sources,
+        limits: RequestLimits,
+        conversation_wait_s: float,
+    ) -> None:
         self._store = store
+        self._background = background
         self._sources = sources
         self._limits = limits
         self._conversation_wait_s = conversation_wait_s
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
-    async def response(self, visit: Visit) -> Json:
+    async def response(self, visit: Visit) -> Json | Follower:
         query = _query(visit, RetrieveQuery)
+        if query.stream:
+            after = -1 if query.starting_after is None else query.starting_after
+            return await self._background.follower(visit.owner, visit.ids["id"], after)
         kept = await self._store.response(visit.owner, visit.ids["id"])
         if kept is None:
             raise no_response(visit.ids["id"])
-        if query.stream:
-            raise InvalidRequest(
-                "This response cannot be streamed because it was not created with background=true.", param="stream"
-            )
         return _shown_response(kept, query.include)
 
     async def responses(self, visit: Visit) -> Json:
@@ -123,15 +131,12 @@ class Stored:
     async def delete_response(self, visit: Visit) -> Json:
         _query(visit, NoQuery)
         response_id = visit.ids["id"]
-        if not await self._store.delete_response(visit.owner, response_id, self._sources.clock()):
-            raise no_response(visit.ids["id"])
+        await self._background.delete(visit.owner, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     async def cancel(self, visit: Visit) -> Json:
         _query(visit, NoQuery)
-        if await self._store.response(visit.owner, visit.ids["id"]) is None:
-            raise no_response(visit.ids["id"])
-        raise InvalidRequest("Cannot cancel a synchronous response.")
+        return await self._background.cancel(visit.owner, visit.ids["id"])
 
     async def input_items(self, visit: Visit) -> Json:
         query = _query(visit, ItemsQuery)
@@ -287,7 +292,9 @@ def _no_item(visit: Visit) -> NotFound:
     return NotFound(f"Item with id '{clipped(visit.ids['item'])}' not found in conversation '{visit.ids['id']}'.")
 
 
-STORED_ROUTES: dict[tuple[str, str], Callable[[Stored, Visit], Awaitable[Json]]] = {
+# What answers a visit: the JSON of a 200, or events.
+Work = Callable[[Stored, Visit], Awaitable[Json | Follower]]
+STORED_ROUTES: dict[tuple[str, str], Work] = {
     ("GET", "/responses"): Stored.responses,
     ("POST", "/responses/compact"): Stored.not_yet,
     ("POST", "/responses/input_tokens"): Stored.not_yet,

@@ -56,6 +56,8 @@ class StreamPlan(msgspec.Struct, frozen=True):
     seal: Callable[[str, str, list[Json]], str] | None = None
     # Whether nobody listens to events: a plain answer wants the response only.
     silent: bool = False
+    # Of a stream that goes on where an earlier attempt stood: its response has been created before.
+    first_number: int = 0
     # Asked only when the backend gives no usage.
     estimate_input_tokens: Callable[[], int] = int
 
@@ -89,7 +91,7 @@ class ResponseStream:
         self._plan = plan
         self._new_id = new_id
         self._clock = clock
-        self._sequence_number = 0
+        self._sequence_number = plan.first_number
         self._events: list[Event] = []
         self._output: list[Json] = []
         self._item: _Item | None = None
@@ -118,7 +120,7 @@ class ResponseStream:
 
     def start(self) -> list[Event]:
         self._events = []
-        for name in ("created", "in_progress"):
+        for name in ("in_progress",) if self._plan.first_number else ("created", "in_progress"):
             self._event(f"response.{name}", response=self.snapshot())
         return self._events
 

@@ -1,7 +1,7 @@
-"""One turn, the same code for plain and streamed: find what it continues, render the window, call the backend,
-translate its answer, save, and only then say completed.
+"""One turn, the same code for plain, streamed and background.
 
-May not know the HTTP framework or SQL. The clock and ids are handed in.
+It finds what the request continues, renders the window, calls the backend, translates its answer, saves, and only then
+says completed. May not know the HTTP framework or SQL. The clock and ids are handed in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -19,15 +19,17 @@ from auth import Caller
 from errors import InvalidRequest, ProxyError, UpstreamBroken
 from history import HISTORY, sealable
 from leases import Leases
-from past import REASONING, Past, Pasts
+from past import REASONING, Past, Pasts, Patience
 from records import identified, new_turn
+from replay import replayed
 from request import TurnRequest, echo, refuse_unused
 from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
-from translation import Rendered, has_files, render
+from translation import Rendered, check_items, has_files, render
 from upstream import ChatStream, Upstream, Upstreams
-from verbs import FirstUse, ItemIds, Store
+from verbs import FirstUse, ItemIds, NewTurn
+from watching import Watcher
 
 log = logging.getLogger("responses_proxy.turns")
 
@@ -43,6 +45,7 @@ class TurnSettings:
 
     created_after_ms: int = 100
     conversation_wait_s: float = 2.0
+    parent_wait_s: float = 10.0
     strict: bool = False
 
 
@@ -54,6 +57,7 @@ class Means:
     leases: Leases
     seals: Seals
     sources: Sources
+    watcher: Watcher
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -64,6 +68,27 @@ class Asked(msgspec.Struct, frozen=True):
     first_use: FirstUse | None = None
 
 
+# Puts a turn into the store, and with it the events before the terminal one.
+Save = Callable[[NewTurn, list[Event]], Awaitable[None]]
+
+
+class Course(msgspec.Struct, frozen=True):
+    """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept."""
+
+    begun: Json
+    item_ids: ItemIds
+    save: Save | None
+    first_number: int = 0
+
+
+class _Ready(msgspec.Struct, frozen=True):
+    """A rendered request and where it goes; `ignored` names what was left out."""
+
+    upstream: Upstream
+    rendered: Rendered
+    ignored: tuple[str, ...]
+
+
 class Turns:
     """Makes turns out of validated requests."""
 
@@ -71,20 +96,46 @@ class Turns:
         self._means = means
         self._settings = settings
         self._reasoning = reasoning
-        self._pasts = Pasts(means.leases, means.seals, settings.conversation_wait_s)
+        patience = Patience(settings.conversation_wait_s, settings.parent_wait_s)
+        self._pasts = Pasts(means.leases, means.seals, means.watcher, patience)
 
-    async def prepare(self, asked: Asked) -> Turn:
-        """A turn ready to be run; `close` it in every case. Raises: InvalidRequest, NotFound, StoreError."""
-        response_id = self._means.sources.new_id("resp")
+    async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
+        """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
+        course = course or self._own_course(asked.request)
         past = await self._pasts.of(asked.request, asked.caller.owner)
         try:
-            return await self._prepared(asked, past, response_id)
+            return self._turn(asked, past, course, await self._rendered(asked.request, past))
         except BaseException:
             await past.release()
             raise
 
-    async def _prepared(self, asked: Asked, past: Past, response_id: str) -> Turn:
+    async def look(self, asked: Asked) -> tuple[list[Json], tuple[str, ...]]:
+        """The items of a request that is to be run later, references replaced, and names of what will be left out.
+
+        Raises: InvalidRequest, NotFound, StoreError; what depends on a parent that runs still is found at the run.
+        """
         request = asked.request
+        past, parent_has_ended = await self._pasts.seen(request, asked.caller.owner)
+        if parent_has_ended:
+            return past.own, (await self._rendered(request, past)).ignored
+        check_items(past.own, "input")
+        self._refuse_ignored(request.unused)
+        return past.own, request.unused
+
+    def refused(self, request: TurnRequest, error: ProxyError) -> list[Event]:
+        """The events of a stream that had to begin before its turn could, and never could."""
+        failed = {"status": "failed", "error": error.to_response_error()}
+        return replayed({**self._own_course(request).begun, **failed})
+
+    def _own_course(self, request: TurnRequest) -> Course:
+        response_id = self._means.sources.new_id("resp")
+        begun = begin(request, response_id, int(self._means.sources.clock()))
+        return Course(begun, ItemIds(response_id), self._save if request.is_stored else None)
+
+    async def _save(self, turn: NewTurn, closing: list[Event]) -> None:
+        await self._means.leases.store.save(turn)
+
+    async def _rendered(self, request: TurnRequest, past: Past) -> _Ready:
         upstream, model = self._means.upstreams.route(request.model)
         dialect = await upstream.dialect()
         if has_files(past.window):
@@ -94,29 +145,37 @@ class Turns:
         if not rendered.body["messages"]:
             raise InvalidRequest("Invalid 'input': nothing in it is for the model.", param="input")
         ignored = rendered.ignored + past.left_out
-        if self._settings.strict and (refused := tuple(name for name in ignored if not name.startswith(HISTORY))):
-            raise refuse_unused(refused)
-        if request.stream:
+        self._refuse_ignored(ignored)
+        if request.stream or request.background:
             rendered.body["stream"] = True
             if dialect.stream_usage:
                 rendered.body["stream_options"] = {"include_usage": True}
-        plan = self._plan(asked, rendered, upstream)
-        item_ids = ItemIds(response_id)
-        machine = ResponseStream(self._begun(request, response_id), plan, item_ids, self._means.sources.clock)
-        keeper = Keeper(self._means.leases.store, asked, past, item_ids, ignored) if request.is_stored else None
-        call = Call(upstream, rendered.body, asked.caller.bearer, self._settings.created_after_ms / 1000)
-        return Turn(call, machine, past, keeper, ignored)
+        return _Ready(upstream, rendered, ignored)
 
-    def _plan(self, asked: Asked, rendered: Rendered, upstream: Upstream) -> StreamPlan:
-        request = asked.request
+    def _refuse_ignored(self, ignored: tuple[str, ...]) -> None:
+        """Raises: UnsupportedParameter where the settings are strict."""
+        if self._settings.strict and (refused := tuple(name for name in ignored if not name.startswith(HISTORY))):
+            raise refuse_unused(refused)
+
+    def _turn(self, asked: Asked, past: Past, course: Course, ready: _Ready) -> Turn:
+        plan = self._plan(asked, ready, course.first_number)
+        machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
+        keeper = Keeper(asked, past, course.item_ids, ready.ignored, course.save) if course.save else None
+        wait_s = self._settings.created_after_ms / 1000
+        call = Call(ready.upstream, ready.rendered.body, asked.caller.bearer, wait_s)
+        return Turn(call, machine, past, keeper, ready.ignored)
+
+    def _plan(self, asked: Asked, ready: _Ready, first_number: int) -> StreamPlan:
+        request, rendered = asked.request, ready.rendered
         return StreamPlan(
             refs=rendered.refs,
             taken_call_ids=rendered.call_ids,
             logprobs=request.includes("message.output_text.logprobs"),
             parallel=request.parallel_tool_calls is not False,
             expose=self._reasoning.expose,
-            think=upstream.settings.think,
+            think=ready.upstream.settings.think,
             silent=not request.stream,
+            first_number=first_number,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(rendered.body)) // BYTES_PER_TOKEN,
         )
@@ -130,30 +189,33 @@ class Turns:
         seals = self._means.seals
         return lambda item_id, text, details: seals.seal(REASONING, owner, item_id, sealable(text, details))
 
-    def _begun(self, request: TurnRequest, response_id: str) -> Json:
-        return {
-            "id": response_id,
-            "object": "response",
-            "created_at": int(self._means.sources.clock()),
-            "completed_at": None,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            "usage": None,
-            **echo(request),
-        }
+
+def begin(request: TurnRequest, response_id: str, created_at: int) -> Json:
+    """The response to a request before there is any output."""
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": created_at,
+        "completed_at": None,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "usage": None,
+        "output": [],
+        **echo(request),
+    }
 
 
 class Keeper(msgspec.Struct, frozen=True):
     """Puts the response of one turn into the store."""
 
-    store: Store
     asked: Asked
     past: Past
     item_ids: ItemIds
     ignored: tuple[str, ...]
+    save: Save
 
-    async def keep(self, response: Json) -> None:
+    async def keep(self, response: Json, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
         inputs = identified(self.past.own, self.item_ids)
         turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, self.ignored)
@@ -161,7 +223,7 @@ class Keeper(msgspec.Struct, frozen=True):
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
             turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
-        await self.store.save(turn)
+        await self.save(turn, closing)
         if lease:
             await lease.was_given_back()
 
@@ -198,7 +260,7 @@ class Turn:
             self._machine.close()
             response = self._machine.snapshot()
             if self._keeper is not None:
-                await self._keeper.keep(response)
+                await self._keeper.keep(response, [])
             return response
         finally:
             await self._past.release()
@@ -208,18 +270,22 @@ class Turn:
 
         Raises: UpstreamError when the backend refuses at once. After that, failures are events.
         """
-        call = self._call
-        self._accepting = asyncio.create_task(call.upstream.stream(call.body, call.bearer))
+        accepting = self._call_backend()
         try:
-            done, _ = await asyncio.wait({self._accepting}, timeout=call.created_after_s)
-            if done and self._accepting.exception():
-                self._accepting.result()
+            done, _ = await asyncio.wait({accepting}, timeout=self._call.created_after_s)
+            if done and accepting.exception():
+                accepting.result()
         except BaseException:
             await self.close()
             raise
 
+    def _call_backend(self) -> asyncio.Task[ChatStream]:
+        call = self._call
+        self._accepting = asyncio.create_task(call.upstream.stream(call.body, call.bearer))
+        return self._accepting
+
     async def events(self) -> AsyncGenerator[list[Event], None]:
-        """The events of an accepted turn in batches; the last one is terminal, whatever happens."""
+        """The events of a turn in batches; the last one is terminal, whatever happens."""
         try:
             yield self._machine.start()
             async with contextlib.aclosing(self._answer()) as batches:
@@ -235,9 +301,8 @@ class Turn:
             await self.close()
 
     async def _answer(self) -> AsyncGenerator[list[Event], None]:
-        assert self._accepting is not None
         machine = self._machine
-        stream = await self._accepting
+        stream = await (self._accepting or self._call_backend())
         async for chunks in stream:
             events: list[Event] = []
             for chunk in chunks:
@@ -252,15 +317,17 @@ class Turn:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
         if self._keeper is not None:
-            saving = asyncio.ensure_future(self._keeper.keep(self._machine.snapshot()))
+            saving = asyncio.ensure_future(self._keeper.keep(self._machine.snapshot(), last))
             try:
                 await asyncio.shield(saving)
             except ProxyError as error:
                 log.warning("turn could not be kept: %s", error.message)
-                return last + self.fail(error)
+                return last + await self._failed(error)
             except asyncio.CancelledError:
                 await asyncio.wait({saving}, timeout=SAVE_S)
-                if saving.done() and not saving.cancelled() and saving.exception() is None:
+                if not saving.done():
+                    saving.cancel()
+                elif not saving.cancelled() and saving.exception() is None:
                     self._unsaid = last + self._machine.finish()
                 raise
         self._is_told = True
@@ -271,7 +338,7 @@ class Turn:
         last = self.fail(error)
         if self._keeper is not None:
             try:
-                await self._keeper.keep(self._machine.snapshot())
+                await self._keeper.keep(self._machine.snapshot(), [])
             except ProxyError as failure:
                 log.warning("a failed turn could not be kept: %s", failure.message)
         return last

@@ -10,9 +10,10 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
-from errors import ConversationLocked, InvalidRequest, NotFound
+from errors import ConversationLocked, InvalidRequest, NotFound, StillRunning
 
 T = TypeVar("T")
+RETRY_AFTER_S = 1.0
 
 
 class NewItem(msgspec.Struct, frozen=True):
@@ -45,7 +46,8 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     """A response to be kept: its own input and output only, and what it continues.
 
     `settings` is what the responses of a chain share, and is kept once; `body` is what is this response's alone.
-    `is_detached`: nothing continues it, so it joins no conversation (a failed turn).
+    `is_detached`: nothing continues it, so it joins no conversation (a failed turn). `is_brief`: nothing can continue
+    it, and it is in no list; it lives until it is told how long.
     """
 
     id: str
@@ -61,6 +63,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     previous_id: str | None = None
     conversation_id: str | None = None
     is_detached: bool = False
+    is_brief: bool = False
     lock: Lock | None = None
     first_use: FirstUse | None = None
 
@@ -208,9 +211,10 @@ class Store(Protocol):
 class ItemIds:
     """Ids for the items of one response, which tell their response: such an id needs no row in an index."""
 
-    def __init__(self, response_id: str) -> None:
+    def __init__(self, response_id: str, taken: int = 0) -> None:
+        """`taken`: how many were made before."""
         self._digits = response_id.rpartition("_")[2]
-        self._count = 0
+        self._count = taken
 
     def __call__(self, prefix: str) -> str:
         self._count += 1
@@ -246,6 +250,15 @@ def cannot_continue(response_id: str, reason: str) -> InvalidRequest:
         param="previous_response_id",
         code="previous_response_not_found",
     )
+
+
+def still_running(response_id: str) -> StillRunning:
+    """What is said of a parent that has not ended; clients try again by themselves."""
+    error = StillRunning(
+        f"Previous response with id '{clipped(response_id)}' is still running.", param="previous_response_id"
+    )
+    error.retry_after_s = RETRY_AFTER_S
+    return error
 
 
 def locked() -> ConversationLocked:

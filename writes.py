@@ -5,10 +5,12 @@ May not know what an item means. A function that refuses does so before its firs
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from hashlib import blake2b
 
 from reads import COMPACTION, LISTED, NEWEST, THREAD, UNLISTED, Place, conversation, id_of, item_in, place_of, thread_of
+from run_tables import NUMBERS
 from schema import OUTPUTS_AT, PAGE_BYTES, PLACES
 from verbs import (
     Conversation,
@@ -25,13 +27,13 @@ from verbs import (
 # -- turns and conversations -------------------------------------------------------------------------------------------
 
 INSERT_TURN = """INSERT INTO turn (id, owner, thread, depth, previous, settings, status, created_at, completed_at,
-    ages_from, compaction, body) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"""
-# A turn that was deleted meanwhile carries a child still. Closed to children, which fork then:
-# a turn that has one in its thread, and the turns of a conversation.
+    ages_from, compaction, body, lives_until) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+# A turn that was deleted meanwhile carries a child still; one that is short-lived carries none. Closed to children,
+# which fork then: a turn that has one in its thread, and the turns of a conversation.
 PARENT = """SELECT turn.seq, turn.thread, turn.depth, turn.status, thread.is_conversation OR EXISTS
     (SELECT 1 FROM turn AS child WHERE child.thread = turn.thread AND child.depth = turn.depth + 1)
     FROM turn JOIN thread ON thread.seq = turn.thread
-    WHERE turn.id = ? AND turn.owner = ?"""
+    WHERE turn.id = ? AND turn.owner = ? AND turn.lives_until IS NULL"""
 NEW_COMPACTION = f"""UPDATE turn SET compaction = (SELECT max(item.seq) - turn.seq * {PLACES} FROM item
     WHERE item.seq BETWEEN turn.seq * {PLACES} AND turn.seq * {PLACES} + {PLACES - 1}
     AND item.kind = {COMPACTION} AND NOT item.is_removed) WHERE seq = ?"""
@@ -39,8 +41,9 @@ RELEASE = "DELETE FROM lease WHERE name = ? AND holder = ?"
 IS_HELD_AT = "SELECT 1 FROM lease WHERE name = ? AND until_at > ?"
 
 
-def save(turn: NewTurn, db: sqlite3.Connection) -> None:
-    thread, before = _place_for(turn, db)
+def save(turn: NewTurn, db: sqlite3.Connection) -> int:
+    """The seq of the new turn. Raises: InvalidRequest, NotFound, ConversationLocked."""
+    thread, before = place_for(turn, db)
     if turn.lock and not db.execute(RELEASE, (turn.lock.name, turn.lock.holder)).rowcount:
         raise locked()
     if thread is None:
@@ -48,17 +51,19 @@ def save(turn: NewTurn, db: sqlite3.Connection) -> None:
     depth = before.depth + 1 if before else 0
     previous = before.seq if before and turn.previous_id else None
     ages_from = None if turn.conversation_id and not turn.is_detached else turn.created_at
-    own = (turn.status, turn.created_at, turn.completed_at, ages_from, _newest_compaction(turn), turn.body)
-    row = (turn.id, turn.owner, thread, depth, previous, _settings_seq(turn, db), *own)
+    lives_until = math.inf if turn.is_brief else None
+    own = (turn.status, turn.created_at, turn.completed_at, ages_from, newest_compaction(turn), turn.body, lives_until)
+    row = (turn.id, turn.owner, thread, depth, previous, settings_seq(turn, db), *own)
     seq = db.execute(INSERT_TURN, row).lastrowid or 0
     numbered = [*enumerate(turn.inputs, seq * PLACES), *enumerate(turn.outputs, seq * PLACES + OUTPUTS_AT)]
-    _insert_items(db, numbered, turn.id)
+    insert_items(db, numbered, turn.id)
     if first := turn.first_use:
         use = (turn.owner, first.key, first.digest, turn.id, first.until_at)
         db.execute("INSERT OR REPLACE INTO first_use VALUES (?,?,?,?,?)", use)
+    return seq
 
 
-def _place_for(turn: NewTurn, db: sqlite3.Connection) -> tuple[int | None, Place | None]:
+def place_for(turn: NewTurn, db: sqlite3.Connection) -> tuple[int | None, Place | None]:
     """The thread that a turn goes on, None for a new one, and the turn before it. Raises: NotFound, InvalidRequest."""
     if turn.conversation_id:
         thread = thread_of(db, turn.owner, turn.conversation_id)
@@ -82,7 +87,7 @@ def _new_thread(db: sqlite3.Connection, parent: int | None, depth: int | None, i
     return inserted.lastrowid or 0
 
 
-def _settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
+def settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
     key = (turn.owner, blake2b(b"%b\0%b" % (turn.model.encode(), turn.settings), digest_size=16).digest())
     found = db.execute("SELECT seq FROM settings WHERE owner = ? AND digest = ?", key).fetchone()
     if found:
@@ -91,7 +96,7 @@ def _settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
     return db.execute(insert, (*key, turn.model, turn.settings)).lastrowid or 0
 
 
-def _newest_compaction(turn: NewTurn) -> int | None:
+def newest_compaction(turn: NewTurn) -> int | None:
     found = _last_compaction(turn.outputs, OUTPUTS_AT)
     return _last_compaction(turn.inputs) if found is None else found
 
@@ -100,7 +105,7 @@ def _last_compaction(items: tuple[NewItem, ...], start: int = 0) -> int | None:
     return next((start + n for n in reversed(range(len(items))) if items[n].is_compaction), None)
 
 
-def _insert_items(db: sqlite3.Connection, numbered: list[tuple[int, NewItem]], response_id: str) -> None:
+def insert_items(db: sqlite3.Connection, numbered: list[tuple[int, NewItem]], response_id: str) -> None:
     rows = [(seq, _kind(item), item.body) for seq, item in numbered]
     db.executemany("INSERT INTO item VALUES (?,?,0,?)", rows)
     ids = [(item.id, seq) for seq, item in numbered if response_of(item.id) != response_id]
@@ -115,9 +120,10 @@ def _kind(item: NewItem) -> int:
 def _append(db: sqlite3.Connection, owner: str, thread: int, items: tuple[NewItem, ...], now: float) -> None:
     newest = db.execute(NEWEST, (thread,)).fetchone()
     depth = newest[2] + 1 if newest else 0
-    row = (None, owner, thread, depth, None, None, "completed", int(now), None, None, _last_compaction(items), b"")
+    own = ("completed", int(now), None, None, _last_compaction(items), b"", None)
+    row = (None, owner, thread, depth, None, None, *own)
     seq = db.execute(INSERT_TURN, row).lastrowid or 0
-    _insert_items(db, list(enumerate(items, seq * PLACES)), "")
+    insert_items(db, list(enumerate(items, seq * PLACES)), "")
 
 
 def create_conversation(
@@ -192,6 +198,7 @@ def secret(name: str, db: sqlite3.Connection) -> bytes:
 # -- deleting ----------------------------------------------------------------------------------------------------------
 
 VACUUMED_PAGES = 2000
+AWAKEN = "UPDATE run SET waits_for = NULL WHERE waits_for = ?"
 # How many responses one transaction of a purge takes, so that no turn waits long for the writer.
 PURGED_AT_ONCE = 100
 OLD = """SELECT seq, thread FROM turn WHERE ages_from < ? AND ages_from IS NOT NULL AND deleted_at IS NULL
@@ -204,7 +211,7 @@ def delete_response(owner: str, response_id: str, now: float, db: sqlite3.Connec
     place = place_of(db, owner, response_id)
     if place is None:
         return False
-    _forget(db, [(place.seq, place.thread)], now)
+    forget(db, [(place.seq, place.thread)], now)
     return True
 
 
@@ -220,11 +227,34 @@ def delete_conversation(owner: str, conversation_id: str, now: float, db: sqlite
     return True
 
 
-def _forget(db: sqlite3.Connection, turns: list[tuple[int, int]], now: float) -> None:
-    """Makes responses unknown, and erases what nothing living stands on."""
+def forget(db: sqlite3.Connection, turns: list[tuple[int, int]], now: float) -> None:
+    """Makes responses unknown, and erases what nothing living stands on; a run among them is stopped."""
+    for seq, _ in turns:
+        stop_run(seq, db)
+        erase_log(seq, db)
     db.executemany("UPDATE turn SET deleted_at = ? WHERE seq = ?", [(int(now), seq) for seq, _ in turns])
     for thread in {thread for _, thread in turns}:
         _prune(db, thread)
+
+
+def stop_run(turn: int, db: sqlite3.Connection) -> int | None:
+    """Takes a turn's run out of the line, or from its holder, who has to let go of it; the number of a run held so."""
+    found = db.execute("SELECT seq, holder FROM run WHERE turn = ? AND NOT is_stopped", (turn,)).fetchone()
+    if found is None:
+        return None
+    run, holder = found
+    db.execute(AWAKEN, (run,))
+    if holder is None:
+        db.execute("DELETE FROM run WHERE seq = ?", (run,))
+        return None
+    db.execute("UPDATE run SET is_stopped = 1, request = x'', bearer = NULL WHERE seq = ?", (run,))
+    return int(run)
+
+
+def erase_log(turn: int, db: sqlite3.Connection) -> None:
+    for (run,) in db.execute("SELECT run FROM log WHERE turn = ?", (turn,)).fetchall():
+        db.execute("DELETE FROM event WHERE seq BETWEEN ? AND ?", (run * NUMBERS, run * NUMBERS + NUMBERS - 1))
+        db.execute("DELETE FROM log WHERE run = ?", (run,))
 
 
 def _prune(db: sqlite3.Connection, thread: int | None) -> None:
@@ -234,14 +264,14 @@ def _prune(db: sqlite3.Connection, thread: int | None) -> None:
         if found is None or found[2]:
             return
         (needed,) = db.execute(DEPTH_NEEDED, (thread,)).fetchone()
-        _erase(db, db.execute("SELECT seq FROM turn WHERE thread = ? AND depth > ?", (thread, needed)).fetchall())
+        erase_turns(db, db.execute("SELECT seq FROM turn WHERE thread = ? AND depth > ?", (thread, needed)).fetchall())
         if db.execute("SELECT 1 FROM turn WHERE thread = ? LIMIT 1", (thread,)).fetchone():
             return
         db.execute("DELETE FROM thread WHERE seq = ?", (thread,))
         thread = found[0]
 
 
-def _erase(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
+def erase_turns(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
     for (seq,) in turns:
         items = (seq * PLACES, seq * PLACES + PLACES - 1)
         bodies = db.execute("SELECT seq, body FROM item WHERE seq BETWEEN ? AND ?", items)
@@ -254,7 +284,7 @@ def _erase(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
 def forget_some(before_at: float, now: float, db: sqlite3.Connection) -> int:
     """Of the responses that age from before that time; how many it was."""
     old = db.execute(OLD, (before_at, PURGED_AT_ONCE)).fetchall()
-    _forget(db, old, now)
+    forget(db, old, now)
     return len(old)
 
 

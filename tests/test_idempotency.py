@@ -31,9 +31,11 @@ from scripted import (
 from test_proxy import Blocks, error_of, events_in
 
 from leases import Leases
-from proxy import Edge, Outermost, make_services, opened_store
+from proxy import Edge, Outermost, make_seals, make_services, opened_store
 from sources import Ids, Sources
+from turns import Means
 from upstream import Upstreams
+from watching import Watcher
 
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}
@@ -440,7 +442,8 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         sources = Sources(clock, Ids(clock))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
-        services = await make_services(settings, upstreams, leases, sources)
+        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store))
+        services = await make_services(settings, store, means)
         listener = listening_socket()
         asgi = Outermost(Edge(settings, services), sources.new_id)
         config = uvicorn.Config(asgi, log_config=None, access_log=False, lifespan="off")

@@ -90,7 +90,6 @@ def test_many_brackets_side_by_side_are_not_deep() -> None:
         ({"metadata": {"k": "v" * 513}}, None, "metadata.k"),
         ({"stream_options": {"include_obfuscation": False}}, None, "stream_options"),
         ({"prompt": {"id": "pmpt_1"}}, "unsupported_parameter", "prompt"),
-        ({"background": True}, "unsupported_parameter", "background"),
         ({"previous_response_id": "chatcmpl-1"}, "invalid_id_prefix", "previous_response_id"),
         ({"previous_response_id": ""}, "invalid_id_prefix", "previous_response_id"),
         ({"conversation": "c1"}, "invalid_id_prefix", "conversation"),

@@ -23,16 +23,23 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "chunks": (1, 150, {"orjson"}),
     "think": (1, 150, set()),
     "leases": (1, 150, set()),
+    "frames": (1, 100, {"orjson"}),
+    "metrics": (1, 100, {"prometheus_client"}),
+    "run_tables": (1, 100, set()),
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
     "sealing": (1, 150, {"cryptography"}),
     "auth": (1, 150, {"msgspec"}),
     "replay": (1, 150, set()),
+    "run_verbs": (1, 250, {"msgspec"}),
+    "watching": (2, 150, set()),
+    "jobs": (2, 100, set()),
     "reads": (2, 350, {"orjson"}),
     "writes": (2, 350, {"orjson"}),
+    "run_rows": (2, 350, {"orjson"}),
     "store": (2, 250, set()),
     "once": (2, 100, set()),
-    "records": (2, 250, {"orjson"}),
+    "records": (2, 250, {"msgspec", "orjson"}),
     "calls": (2, 250, {"orjson"}),
     "items": (2, 450, {"msgspec", "pypdf"}),
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
@@ -40,12 +47,14 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "translation": (3, 500, {"msgspec", "orjson"}),
     "history": (3, 150, {"orjson"}),
     "past": (4, 200, {"msgspec"}),
-    "stored": (4, 400, {"msgspec", "orjson"}),
     "turns": (5, 500, {"msgspec", "orjson"}),
-    "settings": (6, 250, {"msgspec"}),
-    "proxy": (7, 800, {"msgspec", "orjson", "starlette", "uvicorn"}),
+    "background": (6, 450, {"msgspec"}),
+    "answers": (6, 300, {"orjson"}),
+    "stored": (7, 400, {"msgspec", "orjson"}),
+    "settings": (7, 250, {"msgspec"}),
+    "proxy": (8, 800, {"msgspec", "orjson", "starlette", "uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"proxy", "turns", "items", "lanes"}
+ROOMS_WITH_BROAD_EXCEPT = {"proxy", "turns", "background", "items", "lanes"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -14,13 +14,14 @@ from auth import Caller
 from errors import InvalidRequest, UpstreamRefused
 from leases import Leases
 from request import RequestLimits, parse_request
+from run_verbs import RunStore
 from sealing import Seals
 from sources import Sources
 from store import StoreSettings, open_store
 from streaming import ReasoningSettings
 from turns import Asked, Means, Turn, Turns, TurnSettings
 from upstream import Upstreams, UpstreamSettings
-from verbs import Store
+from watching import Watcher
 
 HI = {"model": "m", "input": "Hi"}
 STREAM = {**HI, "stream": True}
@@ -29,14 +30,14 @@ STREAM = {**HI, "stream": True}
 class Bench:
     """Turns with a clock that stands still and ids that count."""
 
-    def __init__(self, upstreams: Upstreams, store: Store) -> None:
+    def __init__(self, upstreams: Upstreams, store: RunStore) -> None:
         self.upstreams = upstreams
         self.store = store
 
     async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
         numbers = itertools.count(1)
         sources = Sources(lambda: 1_700_000_000.9, lambda prefix: f"{prefix}_{next(numbers)}")
-        means = Means(self.upstreams, Leases(self.store, sources), Seals((bytes(32),)), sources)
+        means = Means(self.upstreams, Leases(self.store, sources), Seals((bytes(32),)), sources, Watcher(self.store))
         turns = Turns(means, TurnSettings(**settings), ReasoningSettings())
         return await turns.prepare(Asked(parse_request(body, RequestLimits()), Caller("")))
 

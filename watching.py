@@ -1,0 +1,101 @@
+"""Who waits for a response to change, in whichever process that happens.
+
+May not know what a change means. Within the process a change is told; what other processes write is seen by a number
+of the store that differs then, asked for ten times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from errors import StoreError
+from run_verbs import RunStore
+
+log = logging.getLogger("responses_proxy.watching")
+
+LOOK_EVERY_S = 0.1
+
+State = tuple[str, int | None]
+
+
+class Watch:
+    """One who waits for one response."""
+
+    def __init__(self) -> None:
+        self._has_changed = asyncio.Event()
+
+    def tell(self) -> None:
+        self._has_changed.set()
+
+    async def changed(self, timeout_s: float | None = None) -> bool:
+        """Whether the response has changed since the last call, or does so in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._has_changed.wait()
+        had_changed = self._has_changed.is_set()
+        self._has_changed.clear()
+        return had_changed
+
+
+class Watcher:
+    """Tells everybody who waits. `run` it for as long as anybody does."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._watches: dict[str, set[Watch]] = {}
+        self._states: dict[str, State] = {}
+        # Told whenever another connection has written, whatever it was.
+        self.anything = Watch()
+
+    @contextlib.contextmanager
+    def watching(self, response_id: str) -> Iterator[Watch]:
+        """Look at the response after this has begun, so that no change is missed."""
+        watch = Watch()
+        watches = self._watches.setdefault(response_id, set())
+        watches.add(watch)
+        try:
+            yield watch
+        finally:
+            watches.discard(watch)
+            if not watches:
+                self._watches.pop(response_id, None)
+                self._states.pop(response_id, None)
+
+    def tell(self, response_id: str) -> None:
+        """This process has changed the response."""
+        for watch in self._watches.get(response_id, ()):
+            watch.tell()
+
+    def tell_all(self) -> None:
+        for response_id in self._watches:
+            self.tell(response_id)
+
+    async def run(self) -> None:
+        """Looks for what others have written, until it is cancelled. A store that cannot be read is asked again."""
+        version = 0
+        while True:
+            try:
+                seen = await self._store.version()
+                if seen != version:
+                    await self._look()
+                version = seen
+            except StoreError as error:
+                log.warning("could not look for changes: %s", error.message)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self) -> None:
+        self.anything.tell()
+        watched = list(self._watches)
+        states = await self._store.states(watched) if watched else {}
+        for response_id in watched:
+            state = states.get(response_id, GONE)
+            if self._states.get(response_id) != state and response_id in self._watches:
+                self._states[response_id] = state
+                for watch in self._watches[response_id]:
+                    watch.tell()
+
+
+GONE: State = ("", None)
