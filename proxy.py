@@ -49,7 +49,7 @@ from answers import (
     send_json,
 )
 from auth import Owners, new_key
-from background import Background, Follower
+from background import Background
 from errors import (
     MethodNotAllowed,
     NotFound,
@@ -57,6 +57,7 @@ from errors import (
     StoreError,
     UnsupportedParameter,
 )
+from event_log import Follower
 from frames import DONE, encode
 from jobs import CLEAR, jobs_table
 from leases import Leases
@@ -193,8 +194,7 @@ class Edge:
         response, ignored = await background.admit(asked)
         headers = ignored_headers(ignored)
         if asked.request.stream:
-            follower = await background.follower(asked.caller.owner, response["id"])
-            await self._stream(exchange, follower, headers)
+            await self._stream(exchange, background.logs.followed(asked.caller.owner, response), headers)
         else:
             await send_json(exchange.send, response, headers)
 
@@ -212,7 +212,7 @@ class Edge:
         response, ignored = restored(earlier), ignored_of(earlier)
         headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
         if asked.request.stream and asked.request.background:
-            follower = await self._services.background.follower(asked.caller.owner, response["id"])
+            follower = await self._services.background.logs.follower(asked.caller.owner, response["id"])
             await self._stream(exchange, follower, headers)
         elif asked.request.stream:
             started = {"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]}
@@ -435,11 +435,10 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
 def told_to_stop(background: Background) -> Iterator[None]:
     """Runs are given back at the first signal to stop, while the server waits for the answers that it gives still."""
     loop = asyncio.get_running_loop()
-    stopping: set[asyncio.Task[None]] = set()
     before: dict[int, Any] = {}
 
     def tell(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(lambda: stopping.add(loop.create_task(background.stop())))
+        loop.call_soon_threadsafe(background.begin_to_stop)
         before[number](number, frame)
 
     if threading.current_thread() is threading.main_thread():

@@ -237,15 +237,22 @@ def stop(
     return Stopped(kept, is_unfinished, run) if kept else None
 
 
-def sweep(now: float, db: sqlite3.Connection) -> int:
+def free_expired(now: float, db: sqlite3.Connection) -> int:
+    """Runs whose leases have run out go back in line; what their holders had to let go is gone."""
     freed = db.execute("UPDATE run SET holder = NULL WHERE holder NOTNULL AND until_at <= ? AND NOT is_stopped", (now,))
     db.execute("DELETE FROM run WHERE holder NOTNULL AND until_at <= ? AND is_stopped", (now,))
+    return freed.rowcount
+
+
+def forget_ended(now: float, db: sqlite3.Connection) -> int:
+    """Some of the logs and brief responses whose time is over; how many it was."""
     logs = db.execute("SELECT turn FROM log WHERE until_at <= ? LIMIT ?", (now, FORGOTTEN_AT_ONCE)).fetchall()
     for (turn,) in logs:
         erase_log(turn, db)
-    brief = "SELECT seq, thread FROM turn WHERE lives_until <= ? AND deleted_at IS NULL LIMIT ?"
-    forget(db, db.execute(brief, (now, FORGOTTEN_AT_ONCE)).fetchall(), now)
-    return freed.rowcount
+    select = "SELECT seq, thread FROM turn WHERE lives_until <= ? AND deleted_at IS NULL LIMIT ?"
+    brief = db.execute(select, (now, FORGOTTEN_AT_ONCE)).fetchall()
+    forget(db, brief, now)
+    return len(logs) + len(brief)
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

@@ -217,7 +217,10 @@ class SQLiteStore:
         return await self._reader.run_bare(run_rows.version)
 
     async def sweep_runs(self, now: float) -> int:
-        return await self._writer.do(partial(run_rows.sweep, now))
+        freed = await self._writer.do(partial(run_rows.free_expired, now))
+        while await self._writer.do(partial(run_rows.forget_ended, now)):
+            pass
+        return freed
 
     async def runs(self) -> list[RunInfo]:
         return await self._reader.do(run_rows.runs)

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import orjson
 
-from background import Background, Follower
+from background import Background
 from errors import ConversationLocked, InvalidRequest, NotFound, UnsupportedParameter
+from event_log import Follower
 from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
 from past import with_references
@@ -117,7 +118,7 @@ class Stored:
         query = _query(visit, RetrieveQuery)
         if query.stream:
             after = -1 if query.starting_after is None else query.starting_after
-            return await self._background.follower(visit.owner, visit.ids["id"], after)
+            return await self._background.logs.follower(visit.owner, visit.ids["id"], after)
         kept = await self._store.response(visit.owner, visit.ids["id"])
         if kept is None:
             raise no_response(visit.ids["id"])

@@ -47,6 +47,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "translation": (3, 500, {"msgspec", "orjson"}),
     "history": (3, 150, {"orjson"}),
     "past": (4, 200, {"msgspec"}),
+    "event_log": (4, 250, set()),
     "turns": (5, 500, {"msgspec", "orjson"}),
     "background": (6, 450, {"msgspec"}),
     "answers": (6, 300, {"orjson"}),

@@ -1,0 +1,199 @@
+"""The logs of streamed runs: what an attempt writes there, how it ends, and what readers are told of it.
+
+May not know the HTTP framework, SQL or what an event says. The terminal event is in no log: a reader makes it from the
+response that was kept, so that both cannot disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import frames
+from errors import InvalidRequest, StoreError
+from records import restored
+from replay import terminal
+from run_verbs import UNFINISHED, Batch, Ending, Run, RunStore, Tail
+from verbs import NewTurn, no_response
+from watching import Watcher
+
+Json = dict[str, Any]
+Event = dict[str, Any]
+T = TypeVar("T")
+log = logging.getLogger("responses_proxy.event_log")
+
+# How long a response with `store: false` can be polled after its end. Source: developers.openai.com, background guide.
+BRIEF_S = 600.0
+# How often events that wait are written.
+FLUSH_EVERY_S = 0.05
+# How long after a store that could not be used it is tried again.
+TRY_AGAIN_S = 0.5
+# A log is looked at again after that time even when nobody tells of a change.
+LOOK_AGAIN_S = 5.0
+
+
+async def persistently(work: Callable[[], Awaitable[T]]) -> T:
+    """What the work returns, as soon as the store lets it."""
+    while True:
+        try:
+            return await work()
+        except StoreError as error:
+            log.warning("tried again in %g s: %s", TRY_AGAIN_S, error.message)
+        await asyncio.sleep(TRY_AGAIN_S)
+
+
+class Logs:
+    """The logs of all runs of a store, each readable for `retention_s` after its run."""
+
+    def __init__(self, store: RunStore, watcher: Watcher, clock: Callable[[], float], retention_s: float) -> None:
+        self.store = store
+        self.watcher = watcher
+        self.is_interrupted = False
+        self._clock = clock
+        self._retention_s = retention_s
+
+    def interrupt(self) -> None:
+        """Readers go on at another process."""
+        self.is_interrupted = True
+        self.watcher.tell_all()
+
+    def lifetimes(self) -> tuple[float, float]:
+        """Until when the log and the response live, each only if it is short-lived, of a run that ends now."""
+        now = self._clock()
+        return now + self._retention_s, now + BRIEF_S
+
+    def followed(self, owner: str, response: Json) -> Follower:
+        """All events of a response that was admitted as a stream just now."""
+        return Follower(self, owner, response, -1)
+
+    async def follower(self, owner: str, response_id: str, after: int = -1) -> Follower:
+        """Raises: NotFound; InvalidRequest for a response whose events are not kept, or not any more."""
+        kept = await self.store.response(owner, response_id)
+        if kept is None:
+            raise no_response(response_id)
+        response = restored(kept)
+        if not response["background"]:
+            raise _no_stream("it was not created with background=true")
+        state = (await self.store.states([response_id])).get(response_id)
+        if state is None or state[1] is None:
+            raise _no_stream("it was not created with stream=true or the stream TTL has expired")
+        return Follower(self, owner, response, after)
+
+
+class RunLog:
+    """The events of one attempt and its end. After a lost claim nothing is written any more."""
+
+    def __init__(self, home: Logs, run: Run) -> None:
+        self.is_over = False
+        self.is_settled = False
+        self._home = home
+        self._run = run
+        self._is_streamed = run.next_number is not None
+        self._end = self._first = run.next_number or 0
+        self._waiting: list[bytes] = []
+        self._has_some = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    def add(self, events: list[Event]) -> None:
+        """Events that are written soon."""
+        if events and self._is_streamed and not self.is_over:
+            self._waiting.append(frames.encode(events))
+            self._end = events[-1]["sequence_number"] + 1
+            self._has_some.set()
+
+    async def flush_again_and_again(self) -> None:
+        while True:
+            await self._has_some.wait()
+            self._has_some.clear()
+            await self._flush()
+            await asyncio.sleep(FLUSH_EVERY_S)
+
+    async def _flush(self) -> None:
+        async with self._writing:
+            batch, count = self._batch(), len(self._waiting)
+            if batch is None or self.is_over:
+                return
+            try:
+                self.is_over = not await self._home.store.log(self._run.held, batch)
+            except StoreError as error:
+                log.warning("events of %s wait: %s", self._run.response_id, error.message)
+                self._has_some.set()
+                return
+            self._first = batch.end
+            del self._waiting[:count]
+        self._home.watcher.tell(self._run.response_id)
+
+    def _batch(self) -> Batch | None:
+        return Batch(self._first, self._end, b"".join(self._waiting)) if self._waiting else None
+
+    async def settle(self, turn: NewTurn, closing: list[Event]) -> None:
+        """Ends the run. A store that cannot be written is tried until it can be, because the answer is there.
+
+        Raises: NotFound, ConversationLocked.
+        """
+        self.add(closing)
+        async with self._writing:
+            if self.is_over:
+                return
+            ending = Ending(turn, self._batch(), *self._home.lifetimes())
+            self.is_settled = await persistently(lambda: self._home.store.settle(self._run.held, ending))
+            self.is_over = True
+        self._home.watcher.tell(self._run.response_id)
+
+
+class Follower:
+    """The events of a background response behind a number: from the log, then as they come, and a terminal one."""
+
+    def __init__(self, home: Logs, owner: str, response: Json, after: int) -> None:
+        self._home = home
+        self._owner = owner
+        self._response = response
+        self._after = after
+        self._last = -1
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Raises: Interrupted when the process stops before."""
+        home, response_id = self._home, self._response["id"]
+        with home.watcher.watching(response_id) as watch:
+            while tail := await self._read():
+                if data := self._new(tail):
+                    yield data
+                if tail.has_more:
+                    continue
+                if tail.status not in UNFINISHED:
+                    break
+                if home.is_interrupted:
+                    raise frames.Interrupted
+                await watch.changed(LOOK_AGAIN_S)
+        if self._after <= self._last:
+            yield frames.encode([terminal(await self._ended(), self._last + 1)])
+
+    def goodbye(self) -> None:
+        """What is told ends with the run, and not with this process."""
+
+    async def close(self) -> None:
+        """Nothing is held between two events."""
+
+    async def _read(self) -> Tail | None:
+        told = max(self._after, self._last)
+        return await persistently(lambda: self._home.store.tail(self._owner, self._response["id"], told))
+
+    def _new(self, tail: Tail) -> bytes:
+        """Those of the events that were not told yet."""
+        told = max(self._after, self._last)
+        pieces: list[bytes] = []
+        for first, batch in tail.batches:
+            piece, self._last = frames.after(told, first, batch)
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def _ended(self) -> Json:
+        """The response at its end; one that is gone was cancelled before."""
+        kept = await persistently(lambda: self._home.store.response(self._owner, self._response["id"]))
+        return restored(kept) if kept else {**self._response, "status": "cancelled", "output": []}
+
+
+def _no_stream(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"This response cannot be streamed because {reason}.", param="stream")
