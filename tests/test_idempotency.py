@@ -96,6 +96,17 @@ async def test_the_same_request_gets_the_same_response(app: App, backend: Backen
 
 
 @pytest.mark.parametrize("body", [HI, STREAM], ids=["plain", "stream"])
+async def test_what_was_left_out_is_named_again(app: App, backend: Backend, body: Json) -> None:
+    backend.script(streamed("Hi") if "stream" in body else plain())
+    named = []
+    for _ in range(2):
+        async with asked(app, {**body, "seed": 1, "tools": [{"type": "web_search"}]}) as answer:
+            await answer.read()
+            named.append((answer.headers.get(REPLAYED), answer.headers.get("x-responses-proxy-ignored")))
+    assert named == [(None, "seed, tools[0].type=web_search"), ("true", "seed, tools[0].type=web_search")]
+
+
+@pytest.mark.parametrize("body", [HI, STREAM], ids=["plain", "stream"])
 async def test_a_client_that_has_the_whole_answer_is_not_told_that_it_is_still_running(
     app: App, backend: Backend, body: Json
 ) -> None:

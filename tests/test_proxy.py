@@ -14,8 +14,11 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import App, StartApp, settings_of
+from controlled import controlled
+from event_grammar import check, parse
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, sse, streamed
 
+from errors import StoreError
 from proxy import Application, read_body
 from settings import Settings, load_settings
 from sources import Ids
@@ -659,6 +662,37 @@ async def test_a_client_that_reads_slowly_gets_everything(app: App, backend: Bac
     assert events[-1]["response"]["output"][0]["content"][0]["text"] == text * 300
 
 
+# -- a process that stops ----------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_that_is_stopped_while_it_is_kept_says_that_it_completed(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.script(streamed("Hello"))
+    saving = controlled("save", monkeypatch)
+    saving.may_begin.clear()
+    given = iter([{"type": "http.request", "body": json.dumps(STREAM).encode()}])
+    sent: list[bytes] = []
+
+    async def receive() -> Any:
+        return next(given, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": []}
+    async with lifespan_of(Application(lambda: settings_of(backend.url))) as application:
+        answering = asyncio.ensure_future(application(scope, receive, send))
+        await saving.once_more("asked")
+        answering.cancel()
+        saving.may_begin.set()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+    events = events_in(b"".join(sent).decode().split("\n\n")[:-1])
+    parse(events)
+    assert (check(events)["status"], terminal_types(events)) == ("completed", ["response.completed"])
+
+
 # -- faults of this program --------------------------------------------------------------------------------------------
 
 
@@ -789,3 +823,35 @@ async def test_settings_without_a_backend_fail_the_start() -> None:
 async def test_a_server_without_lifespan_is_told_what_is_missing() -> None:
     with pytest.raises(RuntimeError, match="lifespan"):
         await asgi_call(Application(some_settings), {"type": "http"})
+
+
+# -- purges ------------------------------------------------------------------------------------------------------------
+
+LOCKED = StoreError("The store of responses is locked.")
+FAULT = RuntimeError("a fault")
+
+
+@pytest.mark.parametrize(
+    ("failure", "logged"),
+    [
+        (LOCKED, ("WARNING", "could not purge: The store of responses is locked.", None)),
+        (FAULT, ("ERROR", "could not purge", FAULT)),
+    ],
+    ids=["store", "fault"],
+)
+async def test_a_purge_that_fails_is_logged_and_made_again(
+    start_app: StartApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Any, logged: Any
+) -> None:
+    monkeypatch.setattr("proxy.PURGE_EVERY_S", 0.001)
+    purging = controlled("purge", monkeypatch)
+    purging.failure = failure
+    await start_app()
+    await purging.once_more("failed", times=2)
+    purging.failure = None
+    await purging.once_more("done", times=2)
+    seen = [
+        (record.levelname, record.getMessage(), record.exc_info and record.exc_info[1])
+        for record in caplog.records
+        if record.name == "responses_proxy"
+    ]
+    assert (len(seen) >= 2, [each for each in seen if each != logged]) == (True, [])

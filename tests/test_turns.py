@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from controlled import Verb, controlled
+from event_grammar import check, parse
 from scripted import DONE, END, Backend, Script, chunk, plain, streamed
 
 from auth import Caller
-from errors import InvalidRequest, UpstreamRefused
+from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
 from leases import Leases
+from records import restored
 from request import RequestLimits, parse_request
 from run_verbs import RunStore
 from sealing import Seals
@@ -189,3 +192,67 @@ async def test_a_finished_stream_leaves_its_connection_for_the_next_turn(bench: 
         await all_events(turn)
     assert [request.gone.is_set() for request in backend.requests] == [False, False]
     assert backend.connections == 1
+
+
+# -- a process that stops while a turn is kept -------------------------------------------------------------------------
+
+STOPPED = ProxyError("The proxy was stopped before the answer was finished.")
+
+
+async def cancelled_while_it_is_kept(turn: Turn, saving: Verb) -> list[dict[str, Any]]:
+    """The events that an accepted turn gave before it was cancelled in its save, which has ended since."""
+    seen: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        async for batch in turn.events():
+            seen.extend(batch)
+
+    saving.may_begin.clear()
+    reading = asyncio.ensure_future(read())
+    await saving.once_more("asked")
+    reading.cancel()
+    saving.may_begin.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    return seen
+
+
+async def test_a_stream_that_is_stopped_while_it_is_kept_ends_with_what_was_kept(
+    bench: Bench, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.script(streamed("Hel", "lo"))
+    saving = controlled("save", monkeypatch)
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    events = await cancelled_while_it_is_kept(turn, saving) + turn.fail(STOPPED)
+    parse(events)
+    response = check(events)
+    kept = await bench.store.response("", response["id"])
+    assert kept is not None
+    assert (events[-1]["type"], restored(kept)) == ("response.completed", response)
+
+
+async def test_a_stream_that_is_stopped_while_it_is_kept_ends_once(
+    bench: Bench, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.script(streamed("Hello"))
+    saving = controlled("save", monkeypatch)
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    await cancelled_while_it_is_kept(turn, saving)
+    turn.fail(STOPPED)
+    assert turn.fail(STOPPED) == []
+
+
+async def test_a_stream_that_is_stopped_while_it_cannot_be_kept_has_failed(
+    bench: Bench, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.script(streamed("Hello"))
+    saving = controlled("save", monkeypatch)
+    saving.failure = StoreError("The store of responses may not be written.")
+    turn = await bench.prepare(STREAM)
+    await turn.accept()
+    await cancelled_while_it_is_kept(turn, saving)
+    last = turn.fail(STOPPED)[-1]
+    assert (last["type"], last["response"]["error"]["message"]) == ("response.failed", STOPPED.message)
+    assert await bench.store.response("", last["response"]["id"]) is None

@@ -939,6 +939,24 @@ async def test_references_to_reasoning_and_calls_are_resolved(start_app: StartAp
     assert assistant_message == {**chat_call("get_weather", PARIS), "reasoning_content": "Hmm."}
 
 
+@pytest.mark.parametrize("newest", ["response", "conversation"])
+async def test_a_reference_is_to_the_newest_of_the_items_with_its_id(
+    client: AsyncOpenAI, backend: Backend, newest: str
+) -> None:
+    """Clients choose the ids of what they send, and may use one in two chains, or in a chain and a conversation."""
+    first, second = "first", "second"
+
+    async def put(where: str, text: str) -> None:
+        item: Any = {"id": "msg_mine", "type": "message", "role": "user", "content": text}
+        await (turn(client, [item]) if where == "response" else client.conversations.create(items=[item]))
+
+    await put("conversation" if newest == "response" else "response", first)
+    await put(newest, second)
+    asked_so_far = len(backend.requests)
+    await turn(client, [{"type": "item_reference", "id": "msg_mine"}])
+    assert await last_messages(backend, asked_so_far + 1) == [chat("user", second)]
+
+
 async def test_a_reference_to_nothing_is_a_404(client: AsyncOpenAI) -> None:
     reference = {"type": "item_reference", "id": "msg_unknown"}
     error = await error_of(turn(client, [reference, {"role": "user", "content": "Hi"}]), 404)

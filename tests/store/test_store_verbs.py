@@ -616,6 +616,61 @@ async def test_an_item_that_is_sent_again_stands_in_both_turns(store: Store) -> 
     assert await store.items(OWNER, ["a.in"]) == {"a.in": message("a.in").body}
 
 
+# One id that tells its response, `resp_a`, and one that does not.
+each_form = pytest.mark.parametrize("item_id", ["msg_a0001", "same"])
+PLACES_OF_ITEMS = ["input", "output", "conversation", "batch"]
+
+
+async def put(store: Store, place: str, item_id: str) -> None:
+    """An item whose text is the place: in a response of its own, or in a conversation."""
+    item = message(item_id, place)
+    if place == "conversation":
+        await store.create_conversation(OWNER, conversation("created"), (item,))
+    elif place == "batch":
+        await store.add_items(OWNER, "conv", (item,), NOW)
+    else:
+        own: dict[str, Any] = {f"{place}s": (item,)}
+        await store.save(turn(place, **own))
+        await store.save(turn(f"{place}.child", place))  # stands on the item, also when its response is deleted
+
+
+async def take(store: Store, place: str, item_id: str) -> None:
+    if place in ("conversation", "batch"):
+        conversation_id = "created" if place == "conversation" else "conv"
+        await store.delete_conversation_item(OWNER, conversation_id, item_id, NOW)
+    else:
+        await store.delete_response(OWNER, place, NOW)
+
+
+@each_form
+@pytest.mark.parametrize("newest", PLACES_OF_ITEMS)
+async def test_an_id_that_several_living_items_have_is_the_newest_ones(store: Store, item_id: str, newest: str) -> None:
+    """Clients choose the ids of their items, and may use one in many chains and conversations."""
+    last = PLACES_OF_ITEMS.index(newest) + 1
+    places = [*PLACES_OF_ITEMS[last:], *PLACES_OF_ITEMS[:last]]
+    await store.create_conversation(OWNER, conversation(), ())
+    await store.save(turn("resp_a", inputs=(message(item_id, "the first"),)))
+    for place in places:
+        await put(store, place, item_id)
+        assert await store.items(OWNER, [item_id]) == {item_id: message(item_id, place).body}
+    for gone, before in itertools.pairwise([*places[::-1], "the first"]):
+        await take(store, gone, item_id)
+        assert await store.items(OWNER, [item_id, "resp_a.out"]) == {
+            item_id: message(item_id, before).body,
+            "resp_a.out": message("resp_a.out").body,
+        }
+
+
+@each_form
+async def test_an_id_that_stands_twice_in_a_response_is_the_later_items(store: Store, item_id: str) -> None:
+    """Outputs of calls may be sent so; the response's own output comes after them."""
+    inputs = (message(item_id, "first"), message("a.in"), message(item_id, "second"))
+    await store.save(turn("resp_a", inputs=inputs))
+    assert await store.items(OWNER, [item_id]) == {item_id: message(item_id, "second").body}
+    await store.save(turn("resp_b", "resp_a", inputs=inputs, outputs=(message(item_id, "third"),)))
+    assert (await store.items(OWNER, ["a.in", item_id]))[item_id] == message(item_id, "third").body
+
+
 # -- ids that tell their response --------------------------------------------------------------------------------------
 
 
