@@ -14,7 +14,7 @@ from errors import InvalidRequest, NotFound
 from items import item_type
 from records import OUTPUT_ID_PREFIX
 from tools import CALL_ID_PREFIX
-from verbs import clipped
+from verbs import clipped, repeated
 
 Json = dict[str, Any]
 
@@ -73,11 +73,7 @@ def refuse_repeated(history: list[Json], new: list[Json]) -> None:
         if item_id is None or item_type(item) in OUTPUT_ID_PREFIX:
             continue
         if item_id in known:
-            raise InvalidRequest(
-                f"Duplicate item found with id {clipped(item_id)}. Remove duplicate items from your input and try "
-                "again.",
-                param="input",
-            )
+            raise repeated(item_id)
         known.add(item_id)
 
 

@@ -73,13 +73,16 @@ class Lane:
 
     async def do(self, work: Work[T]) -> T:
         """What the work returns. Raises: what it raises, and StoreError."""
-        if self._is_closed:
-            raise StoreError("The store of responses is closed.")
+        self._refuse_closed()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((future, work))
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
         return await future
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise StoreError("The store of responses is closed.")
 
     async def _drive(self) -> None:
         while self._waiting:
@@ -98,6 +101,7 @@ class Lane:
 
     async def run_bare(self, work: Work[T]) -> T:
         """Work that cannot stand in a transaction. Raises: StoreError."""
+        self._refuse_closed()
         try:
             return await self._thread.run(work)
         except sqlite3.Error as error:

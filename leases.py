@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 
 from errors import StoreError
 from sources import Sources
@@ -34,15 +35,27 @@ class Leases:
         """A lease that is still to be acquired."""
         return Lease(self, Lock(name, self._new_id("lease")))
 
-    async def give_back(self, lock: Lock) -> None:
-        """At once, or as soon as the store can be written again; it runs out by itself in the meantime."""
+    async def give_back(self, lock: Lock, after: asyncio.Future[bool] | None = None) -> None:
+        """At once, or as soon as the store can be written again; it runs out by itself in the meantime.
+
+        `after`: what has to be decided before. Who is cancelled meanwhile need not wait for it.
+        """
+        await asyncio.shield(self._own(self._give_back_now(lock, after)))
+
+    def _own(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+        return task
+
+    async def _give_back_now(self, lock: Lock, after: asyncio.Future[bool] | None) -> None:
+        if after is not None:
+            await asyncio.wait({after})
         try:
             await self.store.release(lock)
         except StoreError as error:
             log.warning("a lease could not be given back: %s", error.message)
-            task = asyncio.create_task(self._give_back_later(lock))
-            self._returning.add(task)
-            task.add_done_callback(self._returning.discard)
+            self._own(self._give_back_later(lock))
 
     async def _give_back_later(self, lock: Lock) -> None:
         gone_at = self.clock() + LEASE_S
@@ -86,8 +99,7 @@ class Lease:
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
-            await asyncio.wait({asking})
-            await self._home.give_back(self.lock)
+            await self._home.give_back(self.lock, asking)
             raise
 
     async def _renew(self) -> None:

@@ -234,7 +234,7 @@ def living_items(owner: str, ids: list[str], db: sqlite3.Connection) -> dict[str
     return {
         item_id: item.body
         for item_id, items in items_with(db, ids).items()
-        for item in items
+        for item in sorted(items)
         if item.owner == owner and item.is_living
     }
 

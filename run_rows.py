@@ -89,7 +89,8 @@ CLAIM = """UPDATE run SET holder = ?, until_at = ?, generation = generation + 1,
 OWN = "holder = ? AND NOT is_stopped"
 HELD = f"SELECT seq, generation FROM run WHERE {OWN}"
 # Nothing may be written for a run that was stopped, or that somebody else holds by now.
-CLAIMED = "SELECT turn FROM run WHERE seq = ? AND generation = ? AND NOT is_stopped"
+OF_CLAIM = "seq = ? AND generation = ?"
+CLAIMED = f"SELECT turn FROM run WHERE {OF_CLAIM} AND NOT is_stopped"
 INPUTS = "SELECT body FROM item WHERE seq BETWEEN ? AND ? ORDER BY seq"
 
 
@@ -121,11 +122,12 @@ def release(holder: str, db: sqlite3.Connection) -> None:
 
 
 def free(held: Held, db: sqlite3.Connection) -> None:
-    db.execute("UPDATE run SET holder = NULL WHERE seq = ? AND generation = ?", (held.run, held.generation))
+    db.execute(f"UPDATE run SET holder = NULL WHERE {OF_CLAIM} AND NOT is_stopped", (held.run, held.generation))
+    let_go(held, db)  # what was stopped is not carried out any more
 
 
 def let_go(held: Held, db: sqlite3.Connection) -> None:
-    db.execute("DELETE FROM run WHERE seq = ? AND generation = ? AND is_stopped", (held.run, held.generation))
+    db.execute(f"DELETE FROM run WHERE {OF_CLAIM} AND is_stopped", (held.run, held.generation))
 
 
 def is_held(run: int, db: sqlite3.Connection) -> bool:

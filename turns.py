@@ -250,6 +250,7 @@ class Turn:
         self._keeper = keeper
         self._accepting: asyncio.Task[ChatStream] | None = None
         self._is_told = False
+        self._is_kept = False
         self._unsaid: list[Event] = []
 
     async def run(self) -> Json:
@@ -324,11 +325,10 @@ class Turn:
                 log.warning("turn could not be kept: %s", error.message)
                 return last + await self._failed(error)
             except asyncio.CancelledError:
+                self._unsaid = last
                 await asyncio.wait({saving}, timeout=SAVE_S)
-                if not saving.done():
-                    saving.cancel()
-                elif not saving.cancelled() and saving.exception() is None:
-                    self._unsaid = last + self._machine.finish()
+                saving.cancel()
+                self._is_kept = saving.done() and not saving.cancelled() and saving.exception() is None
                 raise
         self._is_told = True
         return last + self._machine.finish()
@@ -351,7 +351,7 @@ class Turn:
         if self._is_told:
             return []
         self._is_told = True
-        return self._unsaid or self._machine.fail(error)
+        return self._unsaid + (self._machine.finish() if self._is_kept else self._machine.fail(error))
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""

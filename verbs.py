@@ -171,7 +171,10 @@ class Store(Protocol):
     async def conversation_window(self, owner: str, conversation_id: str) -> Window | None: ...
 
     async def add_items(self, owner: str, conversation_id: str, items: tuple[NewItem, ...], now: float) -> bool:
-        """False for an unknown conversation. Raises: ConversationLocked while a turn holds it."""
+        """False for an unknown conversation.
+
+        Raises: ConversationLocked while a turn holds it, InvalidRequest for an id that it has already.
+        """
 
     async def conversation_items(self, owner: str, conversation_id: str, page: Page) -> Listed[bytes] | None:
         """All items of a conversation. Raises: InvalidRequest for a cursor that is not in the list."""
@@ -249,6 +252,13 @@ def cannot_continue(response_id: str, reason: str) -> InvalidRequest:
         f"Previous response with id '{clipped(response_id)}' {reason}.",
         param="previous_response_id",
         code="previous_response_not_found",
+    )
+
+
+def repeated(item_id: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Duplicate item found with id {clipped(item_id)}. Remove duplicate items from your input and try again.",
+        param="input",
     )
 
 

@@ -21,6 +21,7 @@ from verbs import (
     conversation_lease,
     locked,
     no_conversation,
+    repeated,
     response_of,
 )
 
@@ -153,6 +154,9 @@ def add_items(owner: str, conversation_id: str, items: tuple[NewItem, ...], now:
     if thread is None:
         return False
     _refuse_locked(db, conversation_id, now)
+    for item in items:
+        if item_in(db, thread, item.id):
+            raise repeated(item.id)
     _append(db, owner, thread, items, now)
     return True
 
@@ -198,7 +202,8 @@ def secret(name: str, db: sqlite3.Connection) -> bytes:
 # -- deleting ----------------------------------------------------------------------------------------------------------
 
 VACUUMED_PAGES = 2000
-AWAKEN = "UPDATE run SET waits_for = NULL WHERE waits_for = ?"
+# Who waits for a run that goes waits for what that one waited for, if anything: conversations keep their order.
+AWAKEN = "UPDATE run SET waits_for = (SELECT gone.waits_for FROM run AS gone WHERE gone.seq = ?1) WHERE waits_for = ?1"
 # How many responses one transaction of a purge takes, so that no turn waits long for the writer.
 PURGED_AT_ONCE = 100
 OLD = """SELECT seq, thread FROM turn WHERE ages_from < ? AND ages_from IS NOT NULL AND deleted_at IS NULL

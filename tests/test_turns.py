@@ -253,6 +253,7 @@ async def test_a_stream_that_is_stopped_while_it_cannot_be_kept_has_failed(
     turn = await bench.prepare(STREAM)
     await turn.accept()
     await cancelled_while_it_is_kept(turn, saving)
-    last = turn.fail(STOPPED)[-1]
+    *closing, last = turn.fail(STOPPED)
+    assert [event["type"] for event in closing[-2:]] == ["response.content_part.done", "response.output_item.done"]
     assert (last["type"], last["response"]["error"]["message"]) == ("response.failed", STOPPED.message)
     assert await bench.store.response("", last["response"]["id"]) is None

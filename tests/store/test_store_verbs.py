@@ -634,6 +634,21 @@ async def put(store: Store, place: str, item_id: str) -> None:
         await store.save(turn(f"{place}.child", place))  # stands on the item, also when its response is deleted
 
 
+async def test_an_id_that_was_used_before_the_response_that_it_tells_of_is_the_newest_ones(store: Store) -> None:
+    """A client sees the id in a stream, and can use it before that response is saved."""
+    older, newer = message("msg_b0001", "elsewhere"), message("msg_b0001", "its own")
+    await save_all(store, turn("resp_a", inputs=(older,)), turn("resp_b", inputs=(newer,)))
+    assert await store.items(OWNER, ["msg_b0001"]) == {"msg_b0001": newer.body}
+
+
+async def test_an_id_that_a_conversation_has_is_refused(store: Store) -> None:
+    """It would stand twice in one list, and no page could tell behind which of them it goes on."""
+    await store.create_conversation(OWNER, conversation(), (message("c.1"),))
+    with pytest.raises(InvalidRequest, match=r"Duplicate item found with id c\.1"):
+        await store.add_items(OWNER, "conv", (message("c.2"), message("c.1", "again")), NOW)
+    assert await conversation_ids(store) == ["c.1"]
+
+
 async def take(store: Store, place: str, item_id: str) -> None:
     if place in ("conversation", "batch"):
         conversation_id = "created" if place == "conversation" else "conv"
