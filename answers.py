@@ -77,11 +77,17 @@ EVENT_STREAM_HEADERS = (
 )
 
 
+Piece = list[Event] | bytes
+
+
 class Streamed(Protocol):
     """What can be told as server-sent events. `close` it in every case."""
 
-    def frames(self) -> AsyncGenerator[bytes, None]:
-        """Whole events; the last one is terminal. Raises: Interrupted when another process has to tell the rest."""
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Whole events, or their bytes; the last one is terminal.
+
+        Raises: Interrupted when another process has to tell the rest.
+        """
 
     def goodbye(self) -> bytes | None:
         """What is told when this process stops; None when that is not the end."""
@@ -95,10 +101,8 @@ class TurnStream:
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(self._turn.events()) as batches:
-            async for events in batches:
-                yield encode(events)
+    def pieces(self) -> AsyncGenerator[list[Event], None]:
+        return self._turn.events()
 
     def goodbye(self) -> bytes:
         return encode(self._turn.fail(stopped()))
@@ -115,13 +119,13 @@ class WaitingStream:
         self._refused = refused
         self._begun: TurnStream | None = None
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    async def pieces(self) -> AsyncGenerator[list[Event], None]:
         try:
             self._begun = TurnStream(await self._preparing)
         except ProxyError as error:
-            yield encode(self._refused(error))
+            yield self._refused(error)
             return
-        async with contextlib.aclosing(self._begun.frames()) as pieces:
+        async with contextlib.aclosing(self._begun.pieces()) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -165,10 +169,11 @@ class EventStream:
     async def _pump(self, send: Send) -> None:
         time_of = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-        async with contextlib.aclosing(self._source.frames()) as pieces:
+        async with contextlib.aclosing(self._source.pieces()) as pieces:
             try:
                 async for piece in pieces:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    body = piece if isinstance(piece, bytes) else encode(piece)
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
                     self._sent_at = time_of()
             except asyncio.CancelledError:
                 await self._say_goodbye(send)

@@ -209,7 +209,8 @@ class Background:
         """One attempt, which ends with a response that is kept, whatever happens but the end of this process."""
         try:
             async with asyncio.timeout(self._settings.run_timeout_s):
-                await self._attempt(run, run_log)
+                with self.watcher.attending():  # to a cancel, above all
+                    await self._attempt(run, run_log)
         except TimeoutError:
             message = f"The response took longer than {self._settings.run_timeout_s:g} seconds."
             await self._fail(run, run_log, ProxyError(message))

@@ -153,7 +153,7 @@ class Follower:
         self._after = after
         self._last = -1
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Raises: Interrupted when the process stops before."""
         home, response_id = self._home, self._response["id"]
         with home.watcher.watching(response_id) as watch:

@@ -174,16 +174,17 @@ class Edge:
         """A stream whose parent may run still: it begins without a word of the backend when that takes too long."""
         preparing = asyncio.create_task(self._accepted(asked))
         waiting = WaitingStream(preparing, partial(self._services.turns.refused, asked.request))
-        ignored: tuple[str, ...] = ()
+        turn = None
         try:
             async with Watched(exchange.receive):
                 await asyncio.wait({preparing}, timeout=self._keepalive_s)
             if preparing.done():
-                ignored = preparing.result().ignored
+                turn = preparing.result()
         except BaseException:
             await waiting.close()
             raise
-        await self._stream(exchange, waiting, ignored_headers(ignored))
+        source = TurnStream(turn) if turn else waiting
+        await self._stream(exchange, source, ignored_headers(turn.ignored if turn else ()))
 
     async def _stream(self, exchange: Exchange, source: Streamed, headers: Headers) -> None:
         await EventStream(source, headers, self._keepalive_s)(*exchange)

@@ -1,7 +1,7 @@
 """Who waits for a response to change, in whichever process that happens.
 
 May not know what a change means. Within the process a change is told; what other processes write is seen by a number
-of the store that differs then, asked for ten times a second.
+of the store that differs then, asked for ten times a second while somebody waits, else twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from run_verbs import RunStore
 log = logging.getLogger("responses_proxy.watching")
 
 LOOK_EVERY_S = 0.1
+# How much longer it is between two looks when nobody waits.
+IDLE_S = 0.4
 
 State = tuple[str, int | None]
 
@@ -49,6 +51,20 @@ class Watcher:
         self._states: dict[str, State] = {}
         # Told whenever another connection has written, whatever it was.
         self.anything = Watch()
+        self._attending = 0
+        self._is_attended = asyncio.Event()
+
+    @contextlib.contextmanager
+    def attending(self) -> Iterator[None]:
+        """What other processes write matters soon."""
+        self._attending += 1
+        self._is_attended.set()
+        try:
+            yield
+        finally:
+            self._attending -= 1
+            if not self._attending:
+                self._is_attended.clear()
 
     @contextlib.contextmanager
     def watching(self, response_id: str) -> Iterator[Watch]:
@@ -57,7 +73,8 @@ class Watcher:
         watches = self._watches.setdefault(response_id, set())
         watches.add(watch)
         try:
-            yield watch
+            with self.attending():
+                yield watch
         finally:
             watches.discard(watch)
             if not watches:
@@ -85,6 +102,9 @@ class Watcher:
             except StoreError as error:
                 log.warning("could not look for changes: %s", error.message)
             await asyncio.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_S):
+                    await self._is_attended.wait()
 
     async def _look(self) -> None:
         self.anything.tell()
