@@ -118,11 +118,13 @@ class WaitingStream:
         self._preparing = preparing
         self._refused = refused
         self._begun: TurnStream | None = None
+        self._is_told = False
 
     async def pieces(self) -> AsyncGenerator[list[Event], None]:
         try:
             self._begun = TurnStream(await self._preparing)
         except ProxyError as error:
+            self._is_told = True
             yield self._refused(error)
             return
         async with contextlib.aclosing(self._begun.pieces()) as pieces:
@@ -130,7 +132,9 @@ class WaitingStream:
                 yield piece
 
     def goodbye(self) -> bytes:
-        return self._begun.goodbye() if self._begun else encode(self._refused(stopped()))
+        if self._begun:
+            return self._begun.goodbye()
+        return b"" if self._is_told else encode(self._refused(stopped()))
 
     async def close(self) -> None:
         self._preparing.cancel()

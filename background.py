@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -23,18 +26,22 @@ from records import bare_turn, decoded, identified, ignored_of, new_turn, restor
 from request import TurnRequest
 from run_verbs import Batch, Held, NewRun, QueueLimits, Run, RunStore, Stopped
 from turns import Asked, Course, Means, Turns, begin
-from verbs import ItemIds, no_response
+from verbs import ItemIds, KeptResponse, NewTurn, no_response
+from watching import LOOK_AGAIN_S
 
 Json = dict[str, Any]
 Event = dict[str, Any]
-T = TypeVar("T")
 log = logging.getLogger("responses_proxy.background")
+
+Step = Callable[[], Awaitable[object]]
 
 # What the client's own key is sealed as.
 BEARER = "bearer"
 # How long a cancel waits for the process that carries out the run.
 CANCEL_WAIT_S = 2.0
 ASK_AGAIN_S = 0.02
+# How often a lease is renewed before it would run out.
+RENEWALS_A_LEASE = 3
 # How many items one attempt may make, so that no two attempts give the same id.
 ITEMS_AN_ATTEMPT = 4096
 
@@ -46,9 +53,9 @@ class BackgroundSettings:
     workers: int = 8
     queue_per_owner: int = 1000
     queue_total: int = 10_000
-    run_timeout_s: float = 3600.0
-    lease_s: float = 15.0
-    max_attempts: int = 3
+    run_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 3600.0
+    lease_s: Annotated[float, msgspec.Meta(ge=0.1)] = 15.0
+    max_attempts: Annotated[int, msgspec.Meta(ge=1)] = 3
     stream_retention_s: float = 3600.0
 
 
@@ -57,6 +64,11 @@ class Attempt(NamedTuple):
 
     task: asyncio.Task[None]
     log: RunLog
+
+    def end(self) -> None:
+        """Cancels it once: a second time would cut its clean-up short."""
+        if not self.task.cancelling():
+            self.task.cancel()
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
@@ -79,7 +91,8 @@ class Background:
         self._metrics = metrics
         self._holder = means.sources.new_id("proc")
         self._attempts: dict[Held, Attempt] = {}
-        self._renew_at = 0.0
+        # Claims that seemed to be held by nobody at the last look.
+        self._suspects: dict[str, set[Held]] = {"forgotten": set(), "expired": set()}
 
     @property
     def is_stopping(self) -> bool:
@@ -109,13 +122,12 @@ class Background:
             return None
         return self._seals.seal(BEARER, caller.owner, response_id, caller.bearer.encode(errors="surrogatepass"))
 
-    async def cancel(self, owner: str, response_id: str) -> Json:
+    async def cancel(self, owner: str, response_id: str) -> KeptResponse:
         """The response after it was cancelled, or as it had ended before. Raises: NotFound, InvalidRequest."""
-        stopped = await self._stop_run(owner, response_id)
-        response = restored(stopped.response)
-        if not response["background"]:
+        kept = (await self._stop_run(owner, response_id)).response
+        if not restored(kept)["background"]:
             raise InvalidRequest("Cannot cancel a synchronous response.")
-        return response
+        return kept
 
     async def delete(self, owner: str, response_id: str) -> None:
         """A response that has not ended is cancelled before. Raises: NotFound, StoreError."""
@@ -133,8 +145,8 @@ class Background:
             self._metrics.cancels.inc()
             self.watcher.tell(response_id)
             self.watcher.anything.tell()
-        if stopped.held is not None:
-            await self._until_let_go(response_id, stopped.held)
+        if stopped.run is not None:
+            await self._until_let_go(response_id, stopped.run)
         return stopped
 
     async def _until_let_go(self, response_id: str, run: int) -> None:
@@ -148,29 +160,52 @@ class Background:
     # -- carrying out --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Claims and carries out runs until it is cancelled. What fails is tried again: no run may be stuck by it."""
+        """Claims and carries out runs until it is cancelled."""
+        pause_s = self._settings.lease_s / RENEWALS_A_LEASE
+        async with asyncio.TaskGroup() as group:
+            news = partial(self.watcher.anything.changed, LOOK_AGAIN_S)
+            group.create_task(self._again_and_again(self._dispatch, news))
+            for work in (self._renew, self._forget):
+                group.create_task(self._again_and_again(work, partial(asyncio.sleep, pause_s)))
+
+    async def _again_and_again(self, work: Step, pause: Step) -> None:
+        """What fails is tried again: no run may be stuck by it."""
         while not self.is_stopping:
             try:
-                await self._look_after()
+                await work()
             except StoreError as error:
                 log.warning("the queue cannot be read or written: %s", error.message)
                 await asyncio.sleep(TRY_AGAIN_S)
             except Exception:
                 log.exception("the queue could not be looked after")
                 await asyncio.sleep(TRY_AGAIN_S)
-            wait_s = self._renew_at - self._sources.clock()
-            await self.watcher.anything.changed(min(max(wait_s, 0), self._settings.lease_s / 3))
+            else:
+                await pause()
 
-    async def _look_after(self) -> None:
+    async def _renew(self) -> None:
+        """Keeps what it holds, and ends claims whose process is gone.
+
+        Those are the claims that had run out at the last look, too: after a jump of the clock all seem to have.
+        """
         now = self._sources.clock()
-        if now >= self._renew_at:
-            held = await self.store.renew_runs(self._holder, now + self._settings.lease_s)
-            await self._end_lost(held)
-            for forgotten in set(held) - self._attempts.keys():
-                await self.store.free(forgotten)
-            await self.store.sweep_runs(now)
-            self._renew_at = now + self._settings.lease_s / 3
-        elif self._attempts:
+        held = set(await self.store.renew_runs(self._holder, now + self._settings.lease_s))
+        if self._attempts.keys() - held:
+            self.watcher.anything.tell()
+        await self._free_those_still_in("forgotten", held - self._attempts.keys(), math.inf)
+        await self._free_those_still_in("expired", set(await self.store.expired(now)), now)
+
+    async def _free_those_still_in(self, name: str, found: set[Held], before_at: float) -> None:
+        for held in found & self._suspects[name]:
+            log.info("run %d is taken from a process that does not carry it out", held.run)
+            await self.store.free(held, before_at)
+            self.watcher.anything.tell()
+        self._suspects[name] = found
+
+    async def _forget(self) -> None:
+        await self.store.forget_ended(self._sources.clock())
+
+    async def _dispatch(self) -> None:
+        if self._attempts:
             await self._end_lost(await self.store.held(self._holder))
         free = self._settings.workers - len(self._attempts)
         if free > 0 and not self.is_stopping:
@@ -188,7 +223,7 @@ class Background:
     async def _end_attempt(self, held: Held) -> None:
         attempt = self._attempts.get(held)
         if attempt is not None:
-            attempt.task.cancel()
+            attempt.end()
             await asyncio.wait({attempt.task})
         await self.store.let_go(held)
 
@@ -208,9 +243,9 @@ class Background:
     async def _carry_out(self, run: Run, run_log: RunLog) -> None:
         """One attempt, which ends with a response that is kept, whatever happens but the end of this process."""
         try:
-            async with asyncio.timeout(self._settings.run_timeout_s):
+            async with asyncio.timeout(self._settings.run_timeout_s) as limit:
                 with self.watcher.attending():  # to a cancel, above all
-                    await self._attempt(run, run_log)
+                    await self._attempt(run, run_log, limit)
         except TimeoutError:
             message = f"The response took longer than {self._settings.run_timeout_s:g} seconds."
             await self._fail(run, run_log, ProxyError(message))
@@ -221,16 +256,23 @@ class Background:
             log.exception("%s failed on a fault of this proxy", run.response_id)
             await self._fail(run, run_log, ProxyError("The proxy failed while it carried out the response."))
 
-    async def _attempt(self, run: Run, run_log: RunLog) -> None:
+    async def _attempt(self, run: Run, run_log: RunLog, limit: asyncio.Timeout) -> None:
         """Raises: ProxyError for a turn that cannot be begun."""
+
+        async def save(turn: NewTurn, closing: list[Event]) -> bool:
+            if not limit.expired():
+                limit.reschedule(None)  # the answer is there, however long it takes to keep it
+            return await run_log.settle(turn, closing)
+
         if run.attempt > self._settings.max_attempts:
             raise ProxyError(f"Given up: the process that carried it out ended {run.attempt - 1} times before it did.")
         request = _request(run)
         asked = Asked(request, Caller(run.owner, self._bearer(run)))
         taken = len(run.inputs) + ITEMS_AN_ATTEMPT * (run.held.generation - 1)
         begun = begin(request, run.response_id, run.created_at)
-        course = Course(begun, ItemIds(run.response_id, taken), run_log.settle, run.next_number or 0)
-        turn = await self._turns.prepare(asked, course)
+        ids = ItemIds(run.response_id, taken)
+        course = Course(begun, ids, save, first_number=run.next_number or 0, run=run.response_id)
+        turn = await persistently(lambda: self._turns.prepare(asked, course))
         flushing = asyncio.create_task(run_log.flush_again_and_again())
         try:
             async with contextlib.aclosing(turn.events()) as batches:
@@ -257,27 +299,28 @@ class Background:
             response = {**restored(kept), "status": "failed", "error": error.to_response_error()}
             await run_log.settle(bare_turn(run.owner, response, ignored_of(kept)), [])
 
-    def begin_to_stop(self) -> None:
+    def begin_to_stop(self) -> asyncio.Task[None]:
         """Carries nothing out any more, and gives what it held to whoever comes next."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._give_back())
+        return self._stopping
 
     async def stop(self) -> None:
-        self.begin_to_stop()
-        await asyncio.wait({task for task in (self._stopping,) if task})
+        await self.begin_to_stop()
 
     async def _give_back(self) -> None:
         self.logs.interrupt()
         self.watcher.anything.tell()
-        attempts = [attempt.task for attempt in self._attempts.values()]
-        for attempt in attempts:
-            attempt.cancel()
-        if attempts:
-            await asyncio.wait(attempts)
         try:
+            await asyncio.gather(*(self._give_back_one(*each) for each in list(self._attempts.items())))
             await self.store.release_runs(self._holder)
         except StoreError as error:
             log.warning("leases could not be given back: %s", error.message)
+
+    async def _give_back_one(self, held: Held, attempt: Attempt) -> None:
+        attempt.end()
+        await asyncio.wait({attempt.task})
+        await self.store.release_run(held)
 
 
 def _beginning(response: Json) -> Batch:

@@ -17,7 +17,7 @@ from records import restored
 from replay import terminal
 from run_verbs import UNFINISHED, Batch, Ending, Run, RunStore, Tail
 from verbs import NewTurn, no_response
-from watching import Watcher
+from watching import GONE, LOOK_AGAIN_S, Watcher
 
 Json = dict[str, Any]
 Event = dict[str, Any]
@@ -30,12 +30,10 @@ BRIEF_S = 600.0
 FLUSH_EVERY_S = 0.05
 # How long after a store that could not be used it is tried again.
 TRY_AGAIN_S = 0.5
-# A log is looked at again after that time even when nobody tells of a change.
-LOOK_AGAIN_S = 5.0
 
 
 async def persistently(work: Callable[[], Awaitable[T]]) -> T:
-    """What the work returns, as soon as the store lets it."""
+    """What the work returns, as soon as the store lets it; it is asked until then, or until this is cancelled."""
     while True:
         try:
             return await work()
@@ -76,10 +74,13 @@ class Logs:
         response = restored(kept)
         if not response["background"]:
             raise _no_stream("it was not created with background=true")
-        state = (await self.store.states([response_id])).get(response_id)
-        if state is None or state[1] is None:
+        if not await self.is_kept(response_id):
             raise _no_stream("it was not created with stream=true or the stream TTL has expired")
         return Follower(self, owner, response, after)
+
+    async def is_kept(self, response_id: str) -> bool:
+        """Whether there is a log of the response."""
+        return (await self.store.states([response_id])).get(response_id, GONE)[1] is not None
 
 
 class RunLog:
@@ -107,20 +108,21 @@ class RunLog:
         while True:
             await self._has_some.wait()
             self._has_some.clear()
-            await self._flush()
-            await asyncio.sleep(FLUSH_EVERY_S)
+            try:
+                await self._flush()
+                await asyncio.sleep(FLUSH_EVERY_S)
+            except StoreError as error:
+                log.warning("events of %s wait: %s", self._run.response_id, error.message)
+                self._has_some.set()
+                await asyncio.sleep(TRY_AGAIN_S)
 
     async def _flush(self) -> None:
+        """Raises: StoreError."""
         async with self._writing:
             batch, count = self._batch(), len(self._waiting)
             if batch is None or self.is_over:
                 return
-            try:
-                self.is_over = not await self._home.store.log(self._run.held, batch)
-            except StoreError as error:
-                log.warning("events of %s wait: %s", self._run.response_id, error.message)
-                self._has_some.set()
-                return
+            self.is_over = not await self._home.store.log(self._run.held, batch)
             self._first = batch.end
             del self._waiting[:count]
         self._home.watcher.tell(self._run.response_id)
@@ -128,19 +130,24 @@ class RunLog:
     def _batch(self) -> Batch | None:
         return Batch(self._first, self._end, b"".join(self._waiting)) if self._waiting else None
 
-    async def settle(self, turn: NewTurn, closing: list[Event]) -> None:
-        """Ends the run. A store that cannot be written is tried until it can be, because the answer is there.
+    async def settle(self, turn: NewTurn, closing: list[Event]) -> bool:
+        """Ends the run, unless the claim is lost: whether it did.
+
+        A store that cannot be written is tried until it can be, because the answer is there.
 
         Raises: NotFound, ConversationLocked.
         """
         self.add(closing)
         async with self._writing:
-            if self.is_over:
-                return
-            ending = Ending(turn, self._batch(), *self._home.lifetimes())
-            self.is_settled = await persistently(lambda: self._home.store.settle(self._run.held, ending))
-            self.is_over = True
+            if not self.is_over:
+                self.is_settled = await persistently(lambda: self._settle(turn))
+                self.is_over = True
         self._home.watcher.tell(self._run.response_id)
+        return self.is_settled
+
+    async def _settle(self, turn: NewTurn) -> bool:
+        ending = Ending(turn, self._batch(), *self._home.lifetimes())
+        return await self._home.store.settle(self._run.held, ending)
 
 
 class Follower:
@@ -157,7 +164,7 @@ class Follower:
         """Raises: Interrupted when the process stops before."""
         home, response_id = self._home, self._response["id"]
         with home.watcher.watching(response_id) as watch:
-            while tail := await self._read():
+            while (tail := await self._read()) is not None:
                 if data := self._new(tail):
                     yield data
                 if tail.has_more:
@@ -167,8 +174,9 @@ class Follower:
                 if home.is_interrupted:
                     raise frames.Interrupted
                 await watch.changed(LOOK_AGAIN_S)
-        if self._after <= self._last:
-            yield frames.encode([terminal(await self._ended(), self._last + 1)])
+        if tail is None or self._after <= self._last:
+            number = max(self._after, self._last) + 1
+            yield frames.encode([terminal(await self._ended(), number)])
 
     def goodbye(self) -> None:
         """What is told ends with the run, and not with this process."""

@@ -5,7 +5,7 @@ May not know where the numbers come from. Counters are of this process; gauges a
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
 PREFIX = "responses_proxy"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -15,6 +15,7 @@ class Metrics:
     """The counters of one process."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each counter that says when this process began
         self._registry = CollectorRegistry()
         self.attempts = self._counter("run_attempts", "Attempts at background responses that this process began.")
         self.takeovers = self._counter("run_takeovers", "Those of the attempts that were not the first at a response.")

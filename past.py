@@ -20,17 +20,14 @@ from records import decoded
 from request import TurnRequest
 from run_verbs import UNFINISHED
 from sealing import Seals
-from verbs import Store, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
-from watching import Watcher
+from verbs import CONTINUED, Store, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
+from watching import LOOK_AGAIN_S, Watcher
 
 Json = dict[str, Any]
 
 # What sealed reasoning is bound to, beside its owner and id.
 REASONING = "reasoning"
-CONTINUED = frozenset({"completed", "incomplete"})
 NOTHING: tuple[str, ...] = ()
-# A parent is looked at again after that time even when nobody tells of a change.
-LOOK_AGAIN_S = 5.0
 NO_WINDOW = Window("completed", [], 0)
 
 
@@ -69,8 +66,11 @@ class Pasts:
         self._watcher = watcher
         self._patience = patience
 
-    async def of(self, request: TurnRequest, owner: str) -> Past:
-        """Raises: InvalidRequest, NotFound, ConversationLocked, StillRunning, StoreError."""
+    async def of(self, request: TurnRequest, owner: str, run: str | None = None) -> Past:
+        """`run`: the response that stands behind its parent already, whatever has become of the parent's id.
+
+        Raises: InvalidRequest, NotFound, ConversationLocked, StillRunning, StoreError.
+        """
         items = request.items
         if _is_alone(request):
             return Past(items, items, NOTHING)
@@ -78,7 +78,7 @@ class Pasts:
         lease = await self._lock(request, owner)
         past = None
         try:
-            window = await self._ended_window(request, owner)
+            window = await self._ended_window(request, owner, run)
             past = await self._found(request, owner, window, lease)
         finally:
             if past is None and lease is not None:
@@ -94,25 +94,23 @@ class Pasts:
         if _is_alone(request):
             return Past(items, items, NOTHING), True
         check_ids(items, "input")
-        window = await self._window(request, owner)
+        window = await self._window(request, owner, None)
         if window.status in UNFINISHED:
             return Past([], await with_references(self._store, owner, items), NOTHING), False
         return await self._found(request, owner, window, None), True
 
-    async def _ended_window(self, request: TurnRequest, owner: str) -> Window:
+    async def _ended_window(self, request: TurnRequest, owner: str, run: str | None) -> Window:
         """Waits for a parent that runs still. Raises: StillRunning when it does so for too long."""
         parent = request.previous_response_id or ""
-        window = await self._window(request, owner)
+        window = await self._window(request, owner, run)
         if window.status not in UNFINISHED:
             return window
         with contextlib.suppress(TimeoutError), self._watcher.watching(parent) as watch:
             async with asyncio.timeout(self._patience.parent_s):
-                while window.status in UNFINISHED:
+                while (window := await self._window(request, owner, run)).status in UNFINISHED:
                     await watch.changed(LOOK_AGAIN_S)
-                    window = await self._window(request, owner)
-        if window.status in UNFINISHED:
-            raise still_running(parent)
-        return window
+                return window
+        raise still_running(parent)
 
     async def _found(self, request: TurnRequest, owner: str, window: Window, lease: Lease | None) -> Past:
         new = await with_references(self._store, owner, request.items)
@@ -136,7 +134,7 @@ class Pasts:
             return lease
         raise locked()
 
-    async def _window(self, request: TurnRequest, owner: str) -> Window:
+    async def _window(self, request: TurnRequest, owner: str, run: str | None) -> Window:
         if request.conversation_id:
             window = await self._store.conversation_window(owner, request.conversation_id)
             if window is None:
@@ -144,7 +142,10 @@ class Pasts:
             return window
         if not request.previous_response_id:
             return NO_WINDOW
-        window = await self._store.window(owner, request.previous_response_id)
+        if run is None:
+            window = await self._store.window(owner, request.previous_response_id)
+        else:
+            window = await self._store.window_before(owner, run)
         if window is None:
             raise cannot_continue(request.previous_response_id, "not found")
         if window.status not in CONTINUED | UNFINISHED:

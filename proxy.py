@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -83,8 +83,10 @@ CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 IN_MEMORY = ":memory:"
 GC_THRESHOLDS = (700, 20, 100)
 PURGE_EVERY_S = 3600.0
+INTERRUPTED = 128 + signal.SIGINT
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 JOBS_EVERY_S = 1.0
+KEPT_UP_AFTER_S = 1.0
 # The request that a log line belongs to.
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 
@@ -212,9 +214,9 @@ class Edge:
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
         response, ignored = restored(earlier), ignored_of(earlier)
         headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
-        if asked.request.stream and asked.request.background:
-            follower = await self._services.background.logs.follower(asked.caller.owner, response["id"])
-            await self._stream(exchange, follower, headers)
+        logs = self._services.background.logs
+        if asked.request.stream and asked.request.background and await logs.is_kept(response["id"]):
+            await self._stream(exchange, logs.followed(asked.caller.owner, response), headers)
         elif asked.request.stream:
             started = {"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *headers]}
             await exchange.send(started)
@@ -233,7 +235,10 @@ class Edge:
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
         visit = Visit(caller.owner, request.path_params, request.query_params.multi_items(), raw)
         answer = await work(self._services.stored, visit)
-        return EventStream(answer, [], self._keepalive_s) if isinstance(answer, Follower) else json_response(answer)
+        if not isinstance(answer, Follower):
+            return json_response(answer)
+        unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
+        return EventStream(answer, ignored_headers(unused), self._keepalive_s)
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
@@ -393,7 +398,7 @@ async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
         services = await make_services(settings, store, means)
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
-        for work in (upstreams.look(), purging, watcher.run(), background.run()):
+        for work in (upstreams.look(), purging, kept_up(watcher.run), background.run()):
             stack.push_async_callback(ended, asyncio.create_task(work))
         stack.push_async_callback(background.stop)
         stack.enter_context(told_to_stop(background))
@@ -439,25 +444,36 @@ def told_to_stop(background: Background) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def tell(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(background.begin_to_stop)
+        with contextlib.suppress(RuntimeError):  # a loop that is closed by now
+            loop.call_soon_threadsafe(background.begin_to_stop)
         before[number](number, frame)
 
     if threading.current_thread() is threading.main_thread():
-        before |= {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, tell)
+        before |= {number: found for number in STOP_SIGNALS if callable(found := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, tell)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is tell:  # else somebody has put theirs before it, and will call it
+                signal.signal(number, handler)
 
 
 async def ended(task: asyncio.Task[None]) -> None:
     """Cancels a task of the application and waits for its end."""
     task.cancel()
     await asyncio.wait({task})
+
+
+async def kept_up(work: Callable[[], Awaitable[None]]) -> None:
+    """Work that others wait for: a fault in it does not end it."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("begun again after a fault of this program")
+        await asyncio.sleep(KEPT_UP_AFTER_S)
 
 
 async def purge_again_and_again(store: Store, settings: StoreSettings, sources: Sources) -> None:
@@ -662,6 +678,8 @@ def main(argv: list[str] | None = None) -> int:
     except StoreError as error:
         print(f"responses-proxy: {error.message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run_command(args: argparse.Namespace, settings: Settings) -> int:

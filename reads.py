@@ -14,13 +14,12 @@ import orjson
 
 from errors import InvalidRequest
 from schema import OUTPUTS_AT, PLACES
-from verbs import Conversation, KeptResponse, Listed, Page, Window, response_of
+from verbs import CONTINUED, Conversation, KeptResponse, Listed, Page, Window, response_of
 
 T = TypeVar("T")
 
 LAST = (1 << 63) - 1
-# Statuses of turns whose items are in windows.
-CONTINUED = ("completed", "incomplete")
+EMPTY = Window("completed", [], 0)
 # Kinds of items.
 LISTED, UNLISTED, COMPACTION = 0, 1, 2
 
@@ -48,6 +47,8 @@ class Place(NamedTuple):
 TURN = "SELECT seq, thread, depth, status FROM turn WHERE id = ? AND owner = ? AND deleted_at IS NULL"
 LASTING = "turn.lives_until IS NULL"
 NEWEST = "SELECT seq, thread, depth, status FROM turn WHERE thread = ? ORDER BY depth DESC LIMIT 1"
+AT_OR_ABOVE = """SELECT seq, thread, depth, status FROM turn WHERE thread = ? AND depth <= ?
+    ORDER BY depth DESC LIMIT 1"""
 NEWEST_COMPACTION = f"""SELECT depth, seq * {PLACES} + compaction FROM turn
     WHERE thread = ? AND depth <= ? AND compaction IS NOT NULL ORDER BY depth DESC LIMIT 1"""
 THREAD = "SELECT parent, parent_depth, is_conversation FROM thread WHERE seq = ?"
@@ -88,11 +89,16 @@ def _spans(db: sqlite3.Connection, thread: int | None, depth: int) -> list[_Span
 
 def _spans_before(db: sqlite3.Connection, place: Place) -> list[_Span]:
     """The window that a turn began with."""
+    return _spans(db, *_end_before(db, place))
+
+
+def _end_before(db: sqlite3.Connection, place: Place) -> tuple[int | None, int]:
+    """The thread of the turn before this one, None where there is none, and a depth that is its own or above it."""
     earlier = "SELECT 1 FROM turn WHERE thread = ? AND depth < ? LIMIT 1"
     if db.execute(earlier, (place.thread, place.depth)).fetchone():
-        return _spans(db, place.thread, place.depth - 1)
+        return place.thread, place.depth - 1
     parent, depth, _ = db.execute(THREAD, (place.thread,)).fetchone()
-    return _spans(db, parent, depth)
+    return parent, depth
 
 
 def _window(db: sqlite3.Connection, place: Place) -> Window:
@@ -222,6 +228,14 @@ def response_window(owner: str, response_id: str, db: sqlite3.Connection) -> Win
     return _window(db, Place(*found)) if found else None
 
 
+def window_before(owner: str, response_id: str, db: sqlite3.Connection) -> Window | None:
+    place = place_of(db, owner, response_id)
+    if place is None:
+        return None
+    before = db.execute(AT_OR_ABOVE, _end_before(db, place)).fetchone()
+    return _window(db, Place(*before)) if before else EMPTY
+
+
 def input_items(owner: str, response_id: str, page: Page, db: sqlite3.Connection) -> Listed[bytes] | None:
     place = place_of(db, owner, response_id)
     if place is None:
@@ -254,7 +268,7 @@ def conversation_window(owner: str, conversation_id: str, db: sqlite3.Connection
     if thread is None:
         return None
     newest = db.execute(NEWEST, (thread,)).fetchone()
-    return _window(db, Place(*newest)) if newest else Window("completed", [], 0)
+    return _window(db, Place(*newest)) if newest else EMPTY
 
 
 def conversation_items(owner: str, conversation_id: str, page: Page, db: sqlite3.Connection) -> Listed[bytes] | None:

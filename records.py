@@ -103,7 +103,6 @@ def new_turn(
         previous_id=request.previous_response_id,
         conversation_id=request.conversation_id,
         is_detached=not request.is_stored or response["status"] in DETACHED[bool(request.conversation)],
-        is_brief=not request.is_stored,
     )
 
 
@@ -121,6 +120,7 @@ def bare_turn(owner: str, response: Json, ignored: tuple[str, ...] = ()) -> NewT
         body=body,
         outputs=new_items(response["output"]),
         is_detached=True,
+        is_brief=not response["store"],
     )
 
 

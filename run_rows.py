@@ -18,6 +18,7 @@ from schema import OUTPUTS_AT, PLACES
 from verbs import NewTurn, locked, still_running
 from writes import (
     AWAKEN,
+    OWN_SETTINGS,
     erase_log,
     erase_turns,
     forget,
@@ -31,7 +32,8 @@ from writes import (
 
 QUEUE_FULL_RETRY_S = 5.0
 BATCHES_AT_ONCE = 64
-FORGOTTEN_AT_ONCE = 100
+# How many logs and responses one transaction erases, so that no turn waits long for the writer.
+FORGOTTEN_AT_ONCE = 10
 
 # -- admission ---------------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ HELD = f"SELECT seq, generation FROM run WHERE {OWN}"
 # Nothing may be written for a run that was stopped, or that somebody else holds by now.
 OF_CLAIM = "seq = ? AND generation = ?"
 CLAIMED = f"SELECT turn FROM run WHERE {OF_CLAIM} AND NOT is_stopped"
+EXPIRED = "SELECT seq, generation FROM run WHERE holder NOTNULL AND until_at < ?"
 INPUTS = "SELECT body FROM item WHERE seq BETWEEN ? AND ? ORDER BY seq"
 
 
@@ -121,9 +124,20 @@ def release(holder: str, db: sqlite3.Connection) -> None:
     db.execute("DELETE FROM run WHERE holder = ?", (holder,))
 
 
-def free(held: Held, db: sqlite3.Connection) -> None:
-    db.execute(f"UPDATE run SET holder = NULL WHERE {OF_CLAIM} AND NOT is_stopped", (held.run, held.generation))
-    let_go(held, db)  # what was stopped is not carried out any more
+def expired(now: float, db: sqlite3.Connection) -> list[Held]:
+    return [Held(*row) for row in db.execute(EXPIRED, (now,))]
+
+
+def free(held: Held, before_at: float, db: sqlite3.Connection) -> None:
+    claim = (held.run, held.generation, before_at)
+    db.execute(f"UPDATE run SET holder = NULL WHERE {OF_CLAIM} AND until_at < ? AND NOT is_stopped", claim)
+    db.execute(f"DELETE FROM run WHERE {OF_CLAIM} AND until_at < ? AND is_stopped", claim)
+
+
+def release_run(held: Held, db: sqlite3.Connection) -> None:
+    claim = (held.run, held.generation)
+    db.execute(f"UPDATE run SET holder = NULL, attempts = attempts - 1 WHERE {OF_CLAIM} AND NOT is_stopped", claim)
+    let_go(held, db)
 
 
 def let_go(held: Held, db: sqlite3.Connection) -> None:
@@ -192,6 +206,8 @@ def settle(held: Held, ending: Ending, db: sqlite3.Connection) -> bool:
     if turn.conversation_id and not turn.is_detached:
         seq = _join(seq, turn, db)
     else:
+        if turn.is_brief:
+            db.execute(OWN_SETTINGS, (seq,))
         row = (turn.status, turn.completed_at, settings_seq(turn, db), turn.body, newest_compaction(turn), seq)
         db.execute(END_TURN, row)
         insert_items(db, list(enumerate(turn.outputs, seq * PLACES + OUTPUTS_AT)), turn.id)
@@ -230,20 +246,14 @@ def stop(
     place = place_of(db, owner, response_id)
     if place is None:
         return None
-    run, is_unfinished = None, place.status in UNFINISHED
+    is_unfinished = place.status in UNFINISHED
     if is_unfinished:
         db.execute("UPDATE turn SET status = 'cancelled' WHERE seq = ?", (place.seq,))
-        run = stop_run(place.seq, db)
+        stop_run(place.seq, db)
         _begin_to_age(place.seq, log_until_at, lives_until, db)
     kept = response(owner, response_id, db)
+    (run,) = db.execute("SELECT max(seq) FROM run WHERE turn = ? AND is_stopped", (place.seq,)).fetchone()
     return Stopped(kept, is_unfinished, run) if kept else None
-
-
-def free_expired(now: float, db: sqlite3.Connection) -> int:
-    """Runs whose leases have run out go back in line; what their holders had to let go is gone."""
-    freed = db.execute("UPDATE run SET holder = NULL WHERE holder NOTNULL AND until_at <= ? AND NOT is_stopped", (now,))
-    db.execute("DELETE FROM run WHERE holder NOTNULL AND until_at <= ? AND is_stopped", (now,))
-    return freed.rowcount
 
 
 def forget_ended(now: float, db: sqlite3.Connection) -> int:
@@ -261,7 +271,8 @@ def forget_ended(now: float, db: sqlite3.Connection) -> int:
 
 RUNS = """SELECT run.waits_for NOTNULL, turn.id, run.owner, run.admitted_at, run.attempts, run.next_number, run.holder
     FROM run JOIN turn ON turn.seq = run.turn WHERE NOT run.is_stopped ORDER BY run.seq"""
-COUNTS = "SELECT (SELECT coalesce(sum(length), 0) FROM queue), (SELECT count(*) FROM run WHERE holder NOTNULL)"
+COUNTS = """SELECT (SELECT coalesce(sum(length), 0) FROM queue),
+    (SELECT count(*) FROM run WHERE holder NOTNULL AND NOT is_stopped)"""
 
 
 def runs(db: sqlite3.Connection) -> list[RunInfo]:

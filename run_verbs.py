@@ -71,11 +71,11 @@ class Ending(msgspec.Struct, frozen=True):
 
 
 class Stopped(msgspec.Struct, frozen=True):
-    """A response after a cancel; `held` names the run while a process still carries it out."""
+    """A response after a cancel; `run` is the number of its run while a process still carries it out."""
 
     response: KeptResponse
     was_running: bool
-    held: int | None
+    run: int | None
 
 
 class Tail(msgspec.Struct, frozen=True):
@@ -127,10 +127,13 @@ class RunStore(Store, Protocol):
         """What a holder holds, without the runs that it has to let go."""
 
     async def release_runs(self, holder: str) -> None:
-        """Puts the holder's runs back in line, as if they had not been claimed."""
+        """Puts all of the holder's runs back in line, as if they had not been claimed."""
 
-    async def free(self, held: Held) -> None:
-        """Puts one run back in line."""
+    async def free(self, held: Held, before_at: float) -> None:
+        """Ends a claim whose lease ends before that time: its attempt counts, and the run goes back in line."""
+
+    async def release_run(self, held: Held) -> None:
+        """Puts one run back in line, as if it had not been claimed."""
 
     async def log(self, held: Held, batch: Batch) -> bool:
         """Adds events to a run's log; False when the claim is lost, and nothing was written."""
@@ -145,7 +148,10 @@ class RunStore(Store, Protocol):
         """Says that a stopped run is not carried out any more."""
 
     async def stop(self, owner: str, response_id: str, log_until_at: float, lives_until: float) -> Stopped | None:
-        """Cancels a response that has not ended; one that has stays as it is. None for an unknown one."""
+        """Cancels a response that has not ended; one that has stays as it is. None for an unknown one.
+
+        Its log is readable until `log_until_at`; a response that is short-lived lives until `lives_until`.
+        """
 
     async def is_held(self, run: int) -> bool:
         """Whether some process has the run still."""
@@ -159,10 +165,14 @@ class RunStore(Store, Protocol):
     async def version(self) -> int:
         """A number that differs as soon as another connection has written."""
 
-    async def sweep_runs(self, now: float) -> int:
-        """Frees runs whose leases have run out, how many it was; forgets logs and responses whose time is over."""
+    async def expired(self, now: float) -> list[Held]:
+        """Claims whose leases have run out, stopped runs among them."""
+
+    async def forget_ended(self, now: float) -> None:
+        """Erases logs and short-lived responses whose time is over."""
 
     async def runs(self) -> list[RunInfo]:
         """All runs of all owners, in the order of their admission."""
 
-    async def queue(self) -> QueueState: ...
+    async def queue(self) -> QueueState:
+        """How many runs wait, and how many are carried out, in all processes."""

@@ -115,6 +115,9 @@ class SQLiteStore:
     async def window(self, owner: str, response_id: str) -> Window | None:
         return await self._reader.do(partial(reads.response_window, owner, response_id))
 
+    async def window_before(self, owner: str, response_id: str) -> Window | None:
+        return await self._reader.do(partial(reads.window_before, owner, response_id))
+
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:
         return await self._reader.do(partial(reads.input_items, owner, response_id, page))
 
@@ -195,8 +198,11 @@ class SQLiteStore:
     async def settle(self, held: Held, ending: Ending) -> bool:
         return await self._writer.do(partial(run_rows.settle, held, ending))
 
-    async def free(self, held: Held) -> None:
-        await self._writer.do(partial(run_rows.free, held))
+    async def free(self, held: Held, before_at: float) -> None:
+        await self._writer.do(partial(run_rows.free, held, before_at))
+
+    async def release_run(self, held: Held) -> None:
+        await self._writer.do(partial(run_rows.release_run, held))
 
     async def let_go(self, held: Held) -> None:
         await self._writer.do(partial(run_rows.let_go, held))
@@ -216,11 +222,12 @@ class SQLiteStore:
     async def version(self) -> int:
         return await self._reader.run_bare(run_rows.version)
 
-    async def sweep_runs(self, now: float) -> int:
-        freed = await self._writer.do(partial(run_rows.free_expired, now))
+    async def expired(self, now: float) -> list[Held]:
+        return await self._reader.do(partial(run_rows.expired, now))
+
+    async def forget_ended(self, now: float) -> None:
         while await self._writer.do(partial(run_rows.forget_ended, now)):
             pass
-        return freed
 
     async def runs(self) -> list[RunInfo]:
         return await self._reader.do(run_rows.runs)

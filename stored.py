@@ -119,6 +119,8 @@ class Stored:
         if query.stream:
             after = -1 if query.starting_after is None else query.starting_after
             return await self._background.logs.follower(visit.owner, visit.ids["id"], after)
+        if query.starting_after is not None:
+            raise InvalidRequest("'starting_after' is only allowed with 'stream=true'.", param="starting_after")
         kept = await self._store.response(visit.owner, visit.ids["id"])
         if kept is None:
             raise no_response(visit.ids["id"])
@@ -137,7 +139,7 @@ class Stored:
 
     async def cancel(self, visit: Visit) -> Json:
         _query(visit, NoQuery)
-        return await self._background.cancel(visit.owner, visit.ids["id"])
+        return _shown_response(await self._background.cancel(visit.owner, visit.ids["id"]), ())
 
     async def input_items(self, visit: Visit) -> Json:
         query = _query(visit, ItemsQuery)

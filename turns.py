@@ -68,17 +68,21 @@ class Asked(msgspec.Struct, frozen=True):
     first_use: FirstUse | None = None
 
 
-# Puts a turn into the store, and with it the events before the terminal one.
-Save = Callable[[NewTurn, list[Event]], Awaitable[None]]
+# Puts a turn into the store, and with it the events before the terminal one; whether it was still ours to be put there.
+Save = Callable[[NewTurn, list[Event]], Awaitable[bool]]
 
 
 class Course(msgspec.Struct, frozen=True):
-    """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept."""
+    """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept.
+
+    `run`: the response's id, when it stands in its chain already.
+    """
 
     begun: Json
     item_ids: ItemIds
     save: Save | None
     first_number: int = 0
+    run: str | None = None
 
 
 class _Ready(msgspec.Struct, frozen=True):
@@ -102,7 +106,7 @@ class Turns:
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
         course = course or self._own_course(asked.request)
-        past = await self._pasts.of(asked.request, asked.caller.owner)
+        past = await self._pasts.of(asked.request, asked.caller.owner, course.run)
         try:
             return self._turn(asked, past, course, await self._rendered(asked.request, past))
         except BaseException:
@@ -132,8 +136,9 @@ class Turns:
         begun = begin(request, response_id, int(self._means.sources.clock()))
         return Course(begun, ItemIds(response_id), self._save if request.is_stored else None)
 
-    async def _save(self, turn: NewTurn, closing: list[Event]) -> None:
+    async def _save(self, turn: NewTurn, closing: list[Event]) -> bool:
         await self._means.leases.store.save(turn)
+        return True
 
     async def _rendered(self, request: TurnRequest, past: Past) -> _Ready:
         upstream, model = self._means.upstreams.route(request.model)
@@ -223,8 +228,8 @@ class Keeper(msgspec.Struct, frozen=True):
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
             turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
-        await self.save(turn, closing)
-        if lease:
+        is_saved = await self.save(turn, closing)
+        if lease and is_saved:
             await lease.was_given_back()
 
 
@@ -356,9 +361,15 @@ class Turn:
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
         accepting, self._accepting = self._accepting, None
-        if accepting is not None:
-            accepting.cancel()
-            await asyncio.wait({accepting})
-            if not accepting.cancelled() and accepting.exception() is None:
-                accepting.result().close()
-        await self._past.release()
+        try:
+            if accepting is not None:
+                accepting.cancel()
+                accepting.add_done_callback(_let_go)  # holds even when this is cancelled
+                await asyncio.wait({accepting})
+        finally:
+            await self._past.release()
+
+
+def _let_go(accepting: asyncio.Task[ChatStream]) -> None:
+    if not accepting.cancelled() and accepting.exception() is None:
+        accepting.result().close()

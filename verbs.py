@@ -14,6 +14,8 @@ from errors import ConversationLocked, InvalidRequest, NotFound, StillRunning
 
 T = TypeVar("T")
 RETRY_AFTER_S = 1.0
+# Statuses of turns whose items are in windows.
+CONTINUED = frozenset({"completed", "incomplete"})
 
 
 class NewItem(msgspec.Struct, frozen=True):
@@ -147,6 +149,9 @@ class Store(Protocol):
 
     async def window(self, owner: str, response_id: str) -> Window | None:
         """What a child of this response begins with; a response that failed or was cancelled has no items here."""
+
+    async def window_before(self, owner: str, response_id: str) -> Window | None:
+        """What this response itself began with, whether or not the response before it was deleted."""
 
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:
         """The listed items that the model was given for this response: earlier turns of its window, its own input.

@@ -20,11 +20,14 @@ LOOK_EVERY_S = 0.1
 # How much longer it is between two looks when nobody waits.
 IDLE_S = 0.4
 
+# Who waits looks again after that time even when nobody told of a change.
+LOOK_AGAIN_S = 5.0
+
 State = tuple[str, int | None]
 
 
 class Watch:
-    """One who waits for one response."""
+    """One who waits for one response. Only one task may wait at it: it is told once."""
 
     def __init__(self) -> None:
         self._has_changed = asyncio.Event()

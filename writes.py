@@ -89,7 +89,9 @@ def _new_thread(db: sqlite3.Connection, parent: int | None, depth: int | None, i
 
 
 def settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
-    key = (turn.owner, blake2b(b"%b\0%b" % (turn.model.encode(), turn.settings), digest_size=16).digest())
+    """Shared by all turns that have the same; those of a brief turn are its own, and go with it."""
+    salt = turn.id.encode() if turn.is_brief else b""
+    key = (turn.owner, blake2b(b"%b\0%b" % (turn.model.encode(), turn.settings), digest_size=16, key=salt).digest())
     found = db.execute("SELECT seq FROM settings WHERE owner = ? AND digest = ?", key).fetchone()
     if found:
         return int(found[0])
@@ -242,18 +244,13 @@ def forget(db: sqlite3.Connection, turns: list[tuple[int, int]], now: float) -> 
         _prune(db, thread)
 
 
-def stop_run(turn: int, db: sqlite3.Connection) -> int | None:
-    """Takes a turn's run out of the line, or from its holder, who has to let go of it; the number of a run held so."""
-    found = db.execute("SELECT seq, holder FROM run WHERE turn = ? AND NOT is_stopped", (turn,)).fetchone()
-    if found is None:
-        return None
-    run, holder = found
-    db.execute(AWAKEN, (run,))
-    if holder is None:
-        db.execute("DELETE FROM run WHERE seq = ?", (run,))
-        return None
-    db.execute("UPDATE run SET is_stopped = 1, request = x'', bearer = NULL WHERE seq = ?", (run,))
-    return int(run)
+def stop_run(turn: int, db: sqlite3.Connection) -> None:
+    """Takes a turn's run out of the line, or from its holder, who has to let go of it."""
+    found = db.execute("SELECT seq FROM run WHERE turn = ? AND NOT is_stopped", (turn,)).fetchone()
+    if found:
+        db.execute(AWAKEN, found)
+        db.execute("DELETE FROM run WHERE seq = ? AND holder IS NULL", found)
+        db.execute("UPDATE run SET is_stopped = 1, request = x'', bearer = NULL WHERE seq = ?", found)
 
 
 def erase_log(turn: int, db: sqlite3.Connection) -> None:
@@ -276,6 +273,9 @@ def _prune(db: sqlite3.Connection, thread: int | None) -> None:
         thread = found[0]
 
 
+OWN_SETTINGS = "DELETE FROM settings WHERE seq = (SELECT settings FROM turn WHERE seq = ? AND lives_until NOTNULL)"
+
+
 def erase_turns(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
     for (seq,) in turns:
         items = (seq * PLACES, seq * PLACES + PLACES - 1)
@@ -283,6 +283,7 @@ def erase_turns(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
         ids = [(id_of(body), item) for item, body in bodies]
         db.executemany("DELETE FROM item_id WHERE id = ? AND item = ?", ids)
         db.execute("DELETE FROM item WHERE seq BETWEEN ? AND ?", items)
+        db.execute(OWN_SETTINGS, (seq,))
         db.execute("DELETE FROM turn WHERE seq = ?", (seq,))
 
 
