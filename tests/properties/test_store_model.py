@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from errors import InvalidRequest
 from store import StoreSettings, open_store
 from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Window
 
@@ -178,7 +179,12 @@ class StoreMachine(RuleBasedStateMachine):
     def add_items(self, number: int, kinds: list[str]) -> None:
         name, owner, nodes = self.talk(number)
         items = self.make_items(kinds, None)
-        assert self.run(self.store.add_items(owner, name, tuple(items), NOW)) is True
+        adding = self.store.add_items(owner, name, tuple(items), NOW)
+        if {item.id for item in items} & {item.id for node in nodes for item in node.shown}:
+            with pytest.raises(InvalidRequest):
+                self.run(adding)
+            return
+        assert self.run(adding) is True
         nodes.append(Node(owner, nodes[-1] if nodes else None, items, []))
         self.nodes.append(nodes[-1])
 
