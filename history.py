@@ -117,6 +117,19 @@ def unsealed(
     return opened, foreign
 
 
+def with_blob_ids(items: list[Json], id_of: Callable[[str], str | None]) -> list[Json]:
+    """The items; reasoning that came without its id has the one that its `encrypted_content` is bound to."""
+    return [_with_blob_id(item, id_of) for item in items]
+
+
+def _with_blob_id(item: Json, id_of: Callable[[str], str | None]) -> Json:
+    blob = item.get("encrypted_content")
+    if item.get("type") != "reasoning" or item.get("id") or not isinstance(blob, str):
+        return item
+    found = id_of(blob)
+    return {**item, "id": found} if found else item
+
+
 def sealable(text: str, details: list[Json]) -> bytes:
     """What `encrypted_content` of a reasoning item holds."""
     return orjson.dumps([text, details] if details else [text])

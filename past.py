@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed
+from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed, with_blob_ids
 from leases import Lease, Leases
 from records import decoded
 from request import TurnRequest
@@ -96,7 +96,7 @@ class Pasts:
         check_ids(items, "input")
         window = await self._window(request, owner, None)
         if window.status in UNFINISHED:
-            return Past([], await with_references(self._store, owner, items), NOTHING), False
+            return Past([], await self._own(items, owner), NOTHING), False
         return await self._found(request, owner, window, None), True
 
     async def _ended_window(self, request: TurnRequest, owner: str, run: str | None) -> Window:
@@ -113,7 +113,7 @@ class Pasts:
         raise still_running(parent)
 
     async def _found(self, request: TurnRequest, owner: str, window: Window, lease: Lease | None) -> Past:
-        new = await with_references(self._store, owner, request.items)
+        new = await self._own(request.items, owner)
         history = decoded(window.items)
         refuse_repeated(history, new)
         kept, left_out = mended(history, window.newest, window.status == "completed", new)
@@ -121,6 +121,11 @@ class Pasts:
         earlier, lost = unsealed(kept, open_seal, HISTORY)
         current, foreign = unsealed(new, open_seal, "input")
         return Past(earlier + current, new, (*left_out, *lost, *foreign), lease)
+
+    async def _own(self, items: list[Json], owner: str) -> list[Json]:
+        """The request's items as they are kept, but for ids that nobody gave. Raises: NotFound, StoreError."""
+        new = await with_references(self._store, owner, items)
+        return with_blob_ids(new, partial(self._seals.item_id, REASONING, owner))
 
     async def _lock(self, request: TurnRequest, owner: str) -> Lease | None:
         """Only who adds to a conversation locks it. Raises: ConversationLocked, NotFound."""

@@ -50,13 +50,24 @@ class Seals:
 
     def open(self, kind: str, owner: str, item_id: str | None, blob: str) -> bytes | None:
         """The payload; None for whatever is not ours. Without an item id, as some clients send items, any will do."""
+        found = self._opened(kind, owner, blob)
+        return found[1] if found and item_id in (None, found[0]) else None
+
+    def item_id(self, kind: str, owner: str, blob: str) -> str | None:
+        """The item that a blob was sealed for; None for whatever is not ours."""
+        found = self._opened(kind, owner, blob)
+        return found and found[0]
+
+    def _opened(self, kind: str, owner: str, blob: str) -> tuple[str, bytes] | None:
+        """The item and the payload."""
         raw = _decoded(blob)
         for key_id, aead in self._keys:
             if raw[:KEY_ID_BYTES] != key_id:
                 continue
             inner = _decrypted(aead, raw, _named(kind) + _named(owner))
             if inner is not None:
-                return _payload(inner, item_id)
+                end = SIZE_BYTES + int.from_bytes(inner[:SIZE_BYTES], "big")
+                return inner[SIZE_BYTES:end].decode(errors="surrogatepass"), inner[end:]
         return None
 
 
@@ -85,11 +96,6 @@ def _decrypted(aead: AESGCM, raw: bytes, bound_to: bytes) -> bytes | None:
         return aead.decrypt(raw[KEY_ID_BYTES:HEAD_BYTES], raw[HEAD_BYTES:], bound_to)
     except (InvalidTag, OverflowError):  # OverflowError: more than 2**31 bytes
         return None
-
-
-def _payload(inner: bytes, item_id: str | None) -> bytes | None:
-    end = SIZE_BYTES + int.from_bytes(inner[:SIZE_BYTES], "big")
-    return inner[end:] if item_id is None or inner[:end] == _named(item_id) else None
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

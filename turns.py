@@ -123,8 +123,7 @@ class Turns:
         if parent_has_ended:
             return past.own, (await self._rendered(request, past)).ignored
         check_items(past.own, "input")
-        self._refuse_ignored(request.unused)
-        return past.own, request.unused
+        return past.own, (await self._ready(request, [], ())).ignored
 
     def refused(self, request: TurnRequest, error: ProxyError) -> list[Event]:
         """The events of a stream that had to begin before its turn could, and never could."""
@@ -141,15 +140,20 @@ class Turns:
         return True
 
     async def _rendered(self, request: TurnRequest, past: Past) -> _Ready:
+        """Raises: InvalidRequest."""
+        ready = await self._ready(request, past.window, past.left_out)
+        if not ready.rendered.body["messages"]:
+            raise InvalidRequest("Invalid 'input': nothing in it is for the model.", param="input")
+        return ready
+
+    async def _ready(self, request: TurnRequest, window: list[Json], left_out: tuple[str, ...]) -> _Ready:
         upstream, model = self._means.upstreams.route(request.model)
         dialect = await upstream.dialect()
-        if has_files(past.window):
-            rendered = await asyncio.to_thread(render, request, past.window, dialect, model)
+        if has_files(window):
+            rendered = await asyncio.to_thread(render, request, window, dialect, model)
         else:
-            rendered = render(request, past.window, dialect, model)
-        if not rendered.body["messages"]:
-            raise InvalidRequest("Invalid 'input': nothing in it is for the model.", param="input")
-        ignored = rendered.ignored + past.left_out
+            rendered = render(request, window, dialect, model)
+        ignored = rendered.ignored + left_out
         self._refuse_ignored(ignored)
         if request.stream or request.background:
             rendered.body["stream"] = True
@@ -331,8 +335,10 @@ class Turn:
                 return last + await self._failed(error)
             except asyncio.CancelledError:
                 self._unsaid = last
-                await asyncio.wait({saving}, timeout=SAVE_S)
-                saving.cancel()
+                try:
+                    await asyncio.wait({saving}, timeout=SAVE_S)
+                finally:
+                    saving.cancel()
                 self._is_kept = saving.done() and not saving.cancelled() and saving.exception() is None
                 raise
         self._is_told = True
