@@ -8,7 +8,6 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Coroutine
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +106,7 @@ class RunMachine(RuleBasedStateMachine):
         opening = [open_store(StoreSettings(path=str(self.path))) for _ in HOLDERS]
         self.stores = dict(zip(HOLDERS, [self.run(each) for each in opening], strict=True))
         self.store = self.stores["p0"]
+        self.rows = sqlite3.connect(self.path, isolation_level=None)
         self.run(self.store.create_conversation("ann", Conversation("talk", 1, b"{}"), ()))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -156,32 +156,36 @@ class RunMachine(RuleBasedStateMachine):
         return job.has_run and job.generation == held.generation
 
     def pick_claim(self, number: int) -> tuple[Job, Held]:
-        """Any claim there ever was, a late one rather."""
-        return self.claims[-1 - number % min(len(self.claims), 1 + number % 7)]
+        """Any claim there ever was, a good one rather."""
+        good = [each for each in self.claims if self.is_good(*each)]
+        chosen = good if good and number % 3 else self.claims
+        return chosen[number % len(chosen)]
 
     # -- what is done
 
     number = st.integers(0, 1000)
     holder = st.sampled_from(HOLDERS)
 
-    @rule(owner=st.sampled_from(OWNERS), kind=st.sampled_from(["", "", "talk", "brief"]), is_streamed=st.booleans())
-    def admit(self, owner: str, kind: str, is_streamed: bool) -> None:
-        if kind == "talk":
-            if self.talk is None:
-                return
+    kinds = st.sampled_from(["", "", "child", "child", "talk", "talk", "brief", "brief child"])
+
+    @rule(owner=st.sampled_from(OWNERS), number=number, kind=kinds, is_streamed=st.booleans())
+    def admit(self, owner: str, number: int, kind: str, is_streamed: bool) -> None:
+        is_brief = kind.startswith("brief")
+        if kind == "talk" and self.talk is not None:
             before = [job for job in self.jobs if job.in_talk and job.has_run]
             self.admit_one("ann", None, is_streamed, in_talk=True, waits_for=before[-1] if before else None)
+        elif kind.endswith("child") and (parent := self.pick_parent(number)):
+            waits_for = parent if parent.has_run else None
+            self.admit_one(parent.owner, parent, is_streamed, is_brief=is_brief, waits_for=waits_for)
         else:
-            self.admit_one(owner, None, is_streamed, is_brief=kind == "brief")
+            self.admit_one(owner, None, is_streamed, is_brief=is_brief)
 
-    @precondition(lambda self: self.living)
-    @rule(number=number, is_brief=st.sampled_from([False, False, True]), is_streamed=st.booleans())
-    def admit_child(self, number: int, is_brief: bool, is_streamed: bool) -> None:
-        parent = self.living[-1 - number % len(self.living)]
-        if parent.status in ("failed", "cancelled"):
-            return
-        waits_for = parent if parent.has_run else None
-        self.admit_one(parent.owner, parent, is_streamed, is_brief=is_brief, waits_for=waits_for)
+    def pick_parent(self, number: int) -> Job | None:
+        """One that a turn would continue, now and then one that has to be refused; an unfinished one rather."""
+        open_ones = [job for job in self.living if job.status not in ("failed", "cancelled")]
+        rather = [job for job in open_ones if job.status in UNFINISHED and not job.is_brief and not job.in_talk]
+        chosen = rather if rather and number % 4 else open_ones
+        return chosen[number % len(chosen)] if chosen else None
 
     def admit_one(self, owner: str, parent: Job | None, is_streamed: bool, **how: Any) -> None:
         in_talk, is_brief, waits_for = how.get("in_talk", False), how.get("is_brief", False), how.get("waits_for")
@@ -238,6 +242,9 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule(holder=holder, limit=st.integers(1, 3))
     def claim(self, holder: str, limit: int) -> None:
+        self.claim_some(holder, limit)
+
+    def claim_some(self, holder: str, limit: int) -> None:
         claimed = self.run(self.stores[holder].claim(holder, self.now + LEASE_S, limit))
         expected = []
         while len(expected) < limit and (job := self.next_job()):
@@ -281,7 +288,16 @@ class RunMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(number=number, status=st.sampled_from(["completed", "completed", "incomplete", "failed"]), more=st.booleans())
     def settle(self, number: int, status: str, more: bool) -> None:
-        job, held = self.pick_claim(number)
+        self.settle_claim(*self.pick_claim(number), status, more=more)
+
+    @rule(holder=holder, status=st.sampled_from(["completed", "completed", "incomplete"]), more=st.booleans())
+    def carry_out(self, holder: str, status: str, more: bool) -> None:
+        """The next run in line, from its claim to its end."""
+        if job := self.next_job():
+            self.claim_some(holder, 1)
+            self.settle_claim(job, self.claims[-1][1], status, more=more)
+
+    def settle_claim(self, job: Job, held: Held, status: str, *, more: bool) -> None:
         if job.parent and job.parent.status not in ("completed", "incomplete"):
             status = "failed"
         joins = job.in_talk and status != "failed"
@@ -299,6 +315,7 @@ class RunMachine(RuleBasedStateMachine):
             if joins and self.talk is not None:
                 job.before = list(self.talk)
                 self.talk.append(job)
+            self.check_response(job)
 
     def end(self, job: Job, status: str, events: list[str]) -> None:
         self.wake(job)
@@ -320,29 +337,48 @@ class RunMachine(RuleBasedStateMachine):
         assert stopped is not None
         assert stopped.was_running is (job.status in UNFINISHED)
         if stopped.was_running:
-            assert stopped.held == (job.run if job.holder else None)
             self.stop_run(job)
             job.status = "cancelled"
             job.log_until_at, job.lives_until = self.now + LOG_S, self.now + BRIEF_S
-        assert stopped.response.status == job.status
+        assert (stopped.response.status, stopped.run) == (job.status, job.run if job.is_held_stopped else None)
+        self.check_response(job)
 
     @precondition(lambda self: self.jobs)
-    @rule(number=number)
+    @rule(number=number, how=st.sampled_from(["one", "one", "one", "old", "talk"]))
+    def erase(self, number: int, how: str) -> None:
+        if how == "old" and len(self.jobs) > 5:
+            self.purge(number % 60)
+        elif how == "talk" and self.talk and number % 4 == 0:
+            self.delete_conversation()
+        else:
+            self.delete(number)
+
     def delete(self, number: int) -> None:
         job = self.jobs[-1 - number % len(self.jobs)]
         assert self.run(self.store.delete_response(job.owner, job.id, self.now)) is job.is_living
         if job.is_living:
             self.forget(job)
 
-    @precondition(lambda self: self.talk and len(self.jobs) > 12)
-    @rule()
     def delete_conversation(self) -> None:
         assert self.run(self.store.delete_conversation("ann", "talk", self.now)) is True
         for job in self.talk or []:
             job.created_at = int(self.now)
         self.talk = None
 
-    @rule(holder=holder)
+    @precondition(lambda self: self.claims)
+    @rule(number=number, holder=holder, how=st.sampled_from(["renew", "release all", "release", "free", "let go"]))
+    def tend(self, number: int, holder: str, how: str) -> None:
+        if how == "renew":
+            self.renew(holder)
+        elif how == "release all":
+            self.release_all(holder)
+        elif how == "release":
+            self.release(number)
+        elif how == "free":
+            self.free(number)
+        else:
+            self.let_go(number)
+
     def renew(self, holder: str) -> None:
         mine = [job for job in self.jobs if job.holder == holder and job.has_run]
         held = self.run(self.stores[holder].renew_runs(holder, self.now + LEASE_S))
@@ -350,9 +386,7 @@ class RunMachine(RuleBasedStateMachine):
         for job in mine:
             job.until_at = self.now + LEASE_S
 
-    @precondition(lambda self: any(job.holder for job in self.jobs))
-    @rule(holder=holder)
-    def release(self, holder: str) -> None:
+    def release_all(self, holder: str) -> None:
         self.run(self.stores[holder].release_runs(holder))
         mine = [job for job in self.jobs if job.holder == holder]
         back = [job for job in mine if job.has_run]
@@ -362,19 +396,27 @@ class RunMachine(RuleBasedStateMachine):
             job.attempts -= 1
         self.enter(*back)
 
-    @precondition(lambda self: self.claims)
-    @rule(number=number)
+    def release(self, number: int) -> None:
+        job, held = self.pick_claim(number)
+        self.run(self.store.release_run(held))
+        if job.generation == held.generation and job.holder:
+            job.attempts -= job.has_run
+            self.give_back(job)
+
     def free(self, number: int) -> None:
         job, held = self.pick_claim(number)
-        self.run(self.store.free(held))
-        if job.generation == held.generation and job.holder:
-            if job.is_held_stopped:
-                job.holder, job.is_held_stopped = None, False
-            else:
-                self.enter(job)
+        before_at = self.now if number % 2 else float("inf")
+        self.run(self.store.free(held, before_at))
+        if job.generation == held.generation and job.holder and job.until_at < before_at:
+            self.give_back(job)
 
-    @precondition(lambda self: self.claims)
-    @rule(number=number)
+    def give_back(self, job: Job) -> None:
+        """To the line, or to nobody when it was stopped."""
+        if job.is_held_stopped:
+            job.holder, job.is_held_stopped = None, False
+        else:
+            self.enter(job)
+
     def let_go(self, number: int) -> None:
         job, held = self.pick_claim(number)
         self.run(self.store.let_go(held))
@@ -382,24 +424,22 @@ class RunMachine(RuleBasedStateMachine):
             job.holder, job.is_held_stopped = None, False
         assert self.run(self.store.is_held(held.run)) is (job.has_run or job.is_held_stopped)
 
-    @rule(seconds=st.integers(0, 18))
+    @rule(seconds=st.sampled_from([0, 1, 4, 14, 15, 16, 25]))
     def sweep(self, seconds: int) -> None:
         self.now += seconds
-        freed = self.run(self.store.sweep_runs(self.now))
-        late = [job for job in self.jobs if job.holder and job.until_at <= self.now]
-        back = [job for job in late if not job.is_held_stopped]
-        assert freed == len(back)
+        late = [job for job in self.jobs if job.holder and job.until_at < self.now]
+        found = self.run(self.store.expired(self.now))
+        assert {held.run: held.generation for held in found} == {job.run: job.generation for job in late}
         for job in late:
-            job.holder, job.is_held_stopped = None, False
-        self.enter(*back)
+            self.run(self.store.free(Held(job.run, job.generation), self.now))
+            self.give_back(job)
+        self.run(self.store.forget_ended(self.now))
         for job in self.living:
             if job.status not in UNFINISHED and job.log_until_at <= self.now:
                 job.events = None
             if job.is_brief and job.status not in UNFINISHED and job.lives_until <= self.now:
                 self.forget(job)
 
-    @precondition(lambda self: len(self.jobs) > 5)
-    @rule(age_s=st.integers(0, 60))
     def purge(self, age_s: int) -> None:
         joined = self.talk or []
         old = [job for job in self.living if job.created_at < self.now - age_s and job not in joined]
@@ -425,12 +465,8 @@ class RunMachine(RuleBasedStateMachine):
         assert numbered == logged[len(logged) - len(numbered) :]
         assert (tail.status, tail.has_more) == (job.status, False)
 
-    @precondition(lambda self: self.living)
-    @rule(number=number)
-    def read(self, number: int) -> None:
-        self.check_response(self.living[number % len(self.living)])
-
     def check_response(self, job: Job) -> None:
+        """What it has, and what its children begin with."""
         kept = self.run(self.store.response(job.owner, job.id))
         has_output = job.status in ("completed", "incomplete")
         assert kept is not None
@@ -461,33 +497,25 @@ class RunMachine(RuleBasedStateMachine):
         """At most one holder each, and it is the one who claimed it last."""
         if not hasattr(self, "store"):
             return
-        assert self.run(self.store.runs()) == [
-            RunInfo(
-                job.waits_for is not None,
-                job.id,
-                job.owner,
-                info.admitted_at,
-                job.attempts,
-                job.next_number,
-                job.holder,
-            )
-            for job, info in zip([job for job in self.jobs if job.has_run], self.run(self.store.runs()), strict=True)
-        ]
+        found = self.run(self.store.runs())
+        jobs = [job for job in self.jobs if job.has_run]
+        assert [info.response_id for info in found] == [job.id for job in jobs]
+        for job, info in zip(jobs, found, strict=True):
+            told = (job.id, job.owner, info.admitted_at, job.attempts, job.next_number, job.holder)
+            assert info == RunInfo(job.waits_for is not None, *told)
 
     @invariant()
     def the_queue_is_counted_right(self) -> None:
         if not hasattr(self, "store"):
             return
-        with closing(sqlite3.connect(self.path)) as connection:
-            lengths = dict(connection.execute("SELECT owner, length FROM queue").fetchall())
-            (rows,) = connection.execute("SELECT count(*) FROM run").fetchone()
+        lengths = dict(self.rows.execute("SELECT owner, length FROM queue").fetchall())
+        (rows,) = self.rows.execute("SELECT count(*) FROM run").fetchone()
         assert lengths == dict(self.waiting)
         assert self.owners_in_round() == self.line
         assert rows == sum(job.has_run or job.is_held_stopped for job in self.jobs)
 
     def owners_in_round(self) -> list[str]:
-        with closing(sqlite3.connect(self.path)) as connection:
-            return [owner for (owner,) in connection.execute("SELECT owner FROM queue ORDER BY served")]
+        return [owner for (owner,) in self.rows.execute("SELECT owner FROM queue ORDER BY served")]
 
     # -- the end
 
@@ -506,9 +534,9 @@ class RunMachine(RuleBasedStateMachine):
 
     def finish(self) -> None:
         """From any state, every run ends: what is held is lost, and then each is claimed and ended."""
-        self.sweep(int(LEASE_S))
+        self.sweep(int(LEASE_S) + 1)
         while job := self.next_job():
-            self.claim("p2", 1)
+            self.claim_some("p2", 1)
             self.settle_newest(job)
         assert [job.id for job in self.living if job.status in UNFINISHED] == []
         assert self.run(self.store.runs()) == []
@@ -525,8 +553,7 @@ class RunMachine(RuleBasedStateMachine):
             self.run(self.store.delete_response(job.owner, job.id, self.now))
         self.run(self.store.delete_conversation("ann", "talk", self.now))
         self.run(self.store.purge(0, self.now))
-        with closing(sqlite3.connect(self.path)) as connection:
-            rows = {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in TABLES}
+        rows = {name: self.rows.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in TABLES}
         assert rows == dict.fromkeys(TABLES, 0)
 
     def teardown(self) -> None:
@@ -537,6 +564,7 @@ class RunMachine(RuleBasedStateMachine):
             self.finish()
             self.empty()
         finally:
+            self.rows.close()
             for store in self.stores.values():
                 self.run(store.close())
             self.runner.close()
@@ -546,8 +574,8 @@ class RunMachine(RuleBasedStateMachine):
 # Time enough to shrink what is found.
 TestRunModel = pytest.mark.timeout(360)(RunMachine.TestCase)
 TestRunModel.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=110,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )

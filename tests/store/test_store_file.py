@@ -7,6 +7,8 @@ import gc
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from unittest.mock import ANY
 
 import aiosqlite
 import pytest
+from run_builders import OpenRunStore, admit, all_events, batch, claim, ending, numbered, queued, sweep
 from store_builders import (
     ALL_ASC,
     ALL_DESC,
@@ -45,6 +48,7 @@ from store_builders import (
     writer,
 )
 
+import schema
 from errors import InvalidRequest, StoreError
 from verbs import FirstUse, ItemIds, Listed, Lock, NewItem, NewTurn, Page, Store
 
@@ -644,3 +648,154 @@ async def test_a_page_beyond_the_end_is_empty(open_at: OpenStore) -> None:
     store = await open_at()
     await save_chain(store, "a")
     assert await store.input_items(OWNER, "a", Page(after="a.in")) == Listed([], False)
+
+
+# -- files of version 1, which had no background runs ------------------------------------------------------------------
+
+OLD_TABLES = (*TABLES, "conversation", "lease", "first_use", "secret")
+
+
+def make_version_1(path: Path, filled: Path) -> None:
+    """A file with the tables of version 1, and the rows of a filled one of today."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA page_size = {schema.PAGE_BYTES}")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        schema.MIGRATIONS[0](connection)
+        connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("ATTACH ? AS filled", (str(filled),))
+        for table in OLD_TABLES:
+            names = ", ".join(row[1] for row in connection.execute(f"PRAGMA main.table_info({table})"))
+            connection.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM filled.{table}")
+
+
+@pytest.fixture
+async def before(open_at: OpenStore, store_path: Path, tmp_path: Path) -> list[Any]:
+    """What a store said whose rows stand in a file of version 1 now, at the path of the test."""
+    store = await open_at(path=str(tmp_path / "filled.db"))
+    await fill(store)
+    found = await everything(store)
+    await store.close()
+    make_version_1(store_path, tmp_path / "filled.db")
+    return found
+
+
+def schema_of(path: Path) -> tuple[int, set[tuple[str, str]]]:
+    """The version, and all tables, columns, indexes and triggers."""
+    with closing(sqlite3.connect(path)) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        made = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql NOTNULL").fetchall()
+    return version, set(made)
+
+
+def rows_of_version_1(path: Path) -> dict[str, list[Any]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in OLD_TABLES}
+
+
+async def test_an_old_file_is_opened_and_keeps_everything(
+    open_at: OpenStore, store_path: Path, before: list[Any]
+) -> None:
+    assert schema_of(store_path)[0] == 1
+    store = await open_at()
+    assert await everything(store) == before
+    await save_chain(store, "e", after="d")
+    assert await window_ids(store, "e") == both_of("gone", "c", "d", "e")
+    assert await store.problems() == []
+
+
+async def test_an_old_file_has_the_tables_of_a_new_one_once_it_was_opened(
+    open_at: OpenStore, store_path: Path, tmp_path: Path, before: list[Any]
+) -> None:
+    await (await open_at()).close()
+    await (await open_at(path=str(tmp_path / "new.db"))).close()
+    assert schema_of(store_path) == schema_of(tmp_path / "new.db")
+    assert schema_of(store_path)[0] == len(schema.MIGRATIONS)
+
+
+async def test_an_old_file_takes_background_runs(open_at: OpenRunStore, store_path: Path, before: list[Any]) -> None:
+    store = await open_at()
+    await admit(store, queued("e", "d"), queued("f", conversation_id="conv"), batch=batch(0, 2))
+    for held, ended in zip(
+        [run.held for run in await claim(store)], [turn("e", "d"), turn("f", conversation_id="conv")], strict=True
+    ):
+        assert await store.log(held, batch(2)) is True
+        assert await store.settle(held, ending(ended)) is True
+    assert await window_ids(store, "e") == both_of("gone", "c", "d", "e")
+    assert (await conversation_ids(store) or [])[-2:] == both_of("f")
+    assert [await all_events(store, turn_id) for turn_id in "ef"] == [numbered(0, 1, 2)] * 2
+
+
+async def test_responses_of_an_old_file_are_no_background_ones(
+    open_at: OpenRunStore, store_path: Path, before: list[Any]
+) -> None:
+    store = await open_at()
+    await sweep(store, 1e300)
+    assert await store.runs() == []
+    assert await everything(store) == before
+    assert await store.tail(OWNER, "d", -1) is None
+    assert await store.states(["d"]) == {"d": ("completed", None)}
+
+
+async def test_many_open_an_old_file_at_once(open_at: OpenStore, store_path: Path, before: list[Any]) -> None:
+    stores = await asyncio.gather(*(open_at(busy_timeout_s=DEADLINE_S) for _ in range(6)))
+    await asyncio.gather(*(store.save(turn(f"t{number}")) for number, store in enumerate(stores)))
+    assert [await stores[0].response(OWNER, f"t{number}") for number in range(6)] == [
+        kept(turn(f"t{number}")) for number in range(6)
+    ]
+    assert await stores[0].problems() == []
+
+
+DIES = """
+import os, sqlite3, sys
+import run_tables, schema
+
+class Dying:
+    def __init__(self, db, statements):
+        self.db, self.left = db, statements
+
+    def execute(self, *given):
+        if self.left == 0:
+            os._exit(9)
+        self.left -= 1
+        return self.db.execute(*given)
+
+def dying(db):
+    run_tables.add_runs(Dying(db, int(sys.argv[2])))
+    os._exit(9)
+
+schema.MIGRATIONS = (schema.MIGRATIONS[0], dying)
+schema.migrate(sqlite3.connect(sys.argv[1], isolation_level=None), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("statements", [0, 1, 7, 1000])
+async def test_a_process_that_dies_while_it_brings_an_old_file_up_to_date_leaves_it_as_it_was(
+    open_at: OpenStore, store_path: Path, before: list[Any], statements: int
+) -> None:
+    """`statements`: after how many of them."""
+    as_it_was = schema_of(store_path), rows_of_version_1(store_path)
+    command = [sys.executable, "-c", DIES, str(store_path), str(statements)]
+    root = {"PYTHONPATH": str(Path(schema.__file__).parent)}
+    died = await asyncio.to_thread(subprocess.run, command, env=os.environ | root, timeout=DEADLINE_S)
+    assert died.returncode == 9
+    assert (schema_of(store_path), rows_of_version_1(store_path)) == as_it_was
+    assert await everything(await open_at()) == before
+
+
+async def test_a_fault_while_an_old_file_is_brought_up_to_date_leaves_it_as_it_was(
+    open_at: OpenStore, store_path: Path, before: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_was = schema_of(store_path), rows_of_version_1(store_path)
+
+    def fail(db: sqlite3.Connection) -> None:
+        schema.add_runs(db)
+        db.execute("SELECT * FROM nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], fail))
+        with pytest.raises(StoreError):
+            await open_at()
+    assert (schema_of(store_path), rows_of_version_1(store_path)) == as_it_was
+    assert await everything(await open_at()) == before
