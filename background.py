@@ -40,6 +40,7 @@ BEARER = "bearer"
 # How long a cancel waits for the process that carries out the run.
 CANCEL_WAIT_S = 2.0
 ASK_AGAIN_S = 0.02
+NEVER = -1
 # How often a lease is renewed before it would run out.
 RENEWALS_A_LEASE = 3
 # How many items one attempt may make, so that no two attempts give the same id.
@@ -91,6 +92,8 @@ class Background:
         self._metrics = metrics
         self._holder = means.sources.new_id("proc")
         self._attempts: dict[Held, Attempt] = {}
+        # What others had written when its claims were looked at.
+        self._seen = NEVER
         # Claims that seemed to be held by nobody at the last look.
         self._suspects: dict[str, set[Held]] = {"forgotten": set(), "expired": set()}
 
@@ -190,6 +193,7 @@ class Background:
         now = self._sources.clock()
         held = set(await self.store.renew_runs(self._holder, now + self._settings.lease_s))
         if self._attempts.keys() - held:
+            self._seen = NEVER
             self.watcher.anything.tell()
         await self._free_those_still_in("forgotten", held - self._attempts.keys(), math.inf)
         await self._free_those_still_in("expired", set(await self.store.expired(now)), now)
@@ -205,8 +209,10 @@ class Background:
         await self.store.forget_ended(self._sources.clock())
 
     async def _dispatch(self) -> None:
-        if self._attempts:
+        seen = self.watcher.version
+        if self._attempts and seen != self._seen:
             await self._end_lost(await self.store.held(self._holder))
+        self._seen = seen
         free = self._settings.workers - len(self._attempts)
         if free > 0 and not self.is_stopping:
             until_at = self._sources.clock() + self._settings.lease_s
@@ -281,6 +287,7 @@ class Background:
         finally:
             flushing.cancel()
             await asyncio.wait({flushing})
+            run_log.close()
             await turn.close()
 
     def _bearer(self, run: Run) -> str | None:

@@ -49,6 +49,8 @@ class Logs:
         self.store = store
         self.watcher = watcher
         self.is_interrupted = False
+        # Id of a response that this process is making -> its newest batch, so that readers here need not ask the store.
+        self.newest: dict[str, Batch] = {}
         self._clock = clock
         self._retention_s = retention_s
 
@@ -105,12 +107,14 @@ class RunLog:
             self._has_some.set()
 
     async def flush_again_and_again(self) -> None:
+        """All at the same moments, so that one transaction takes the events of many runs."""
+        time_of = asyncio.get_running_loop().time
         while True:
             await self._has_some.wait()
             self._has_some.clear()
             try:
                 await self._flush()
-                await asyncio.sleep(FLUSH_EVERY_S)
+                await asyncio.sleep(FLUSH_EVERY_S - time_of() % FLUSH_EVERY_S)
             except StoreError as error:
                 log.warning("events of %s wait: %s", self._run.response_id, error.message)
                 self._has_some.set()
@@ -123,12 +127,17 @@ class RunLog:
             if batch is None or self.is_over:
                 return
             self.is_over = not await self._home.store.log(self._run.held, batch)
+            if not self.is_over:
+                self._home.newest[self._run.response_id] = batch
             self._first = batch.end
             del self._waiting[:count]
         self._home.watcher.tell(self._run.response_id)
 
     def _batch(self) -> Batch | None:
         return Batch(self._first, self._end, b"".join(self._waiting)) if self._waiting else None
+
+    def close(self) -> None:
+        self._home.newest.pop(self._run.response_id, None)
 
     async def settle(self, turn: NewTurn, closing: list[Event]) -> bool:
         """Ends the run, unless the claim is lost: whether it did.
@@ -164,7 +173,7 @@ class Follower:
         """Raises: Interrupted when the process stops before."""
         home, response_id = self._home, self._response["id"]
         with home.watcher.watching(response_id) as watch:
-            while (tail := await self._read()) is not None:
+            while (tail := self._just_written() or await self._read()) is not None:
                 if data := self._new(tail):
                     yield data
                 if tail.has_more:
@@ -183,6 +192,13 @@ class Follower:
 
     async def close(self) -> None:
         """Nothing is held between two events."""
+
+    def _just_written(self) -> Tail | None:
+        """What this process has logged last, when that goes on where the reader stands."""
+        told, batch = max(self._after, self._last), self._home.newest.get(self._response["id"])
+        if batch is None or not batch.first <= told + 1 < batch.end:
+            return None
+        return Tail("in_progress", [(batch.first, batch.frames)], has_more=False)
 
     async def _read(self) -> Tail | None:
         told = max(self._after, self._last)

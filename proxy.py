@@ -81,7 +81,6 @@ log = logging.getLogger("responses_proxy")
 
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 IN_MEMORY = ":memory:"
-GC_THRESHOLDS = (700, 20, 100)
 PURGE_EVERY_S = 3600.0
 INTERRUPTED = 128 + signal.SIGINT
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -591,16 +590,10 @@ def serve(settings: Settings) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)  # the server raises the signal once more when it has stopped
     server = Server(server_config(settings))
-    collect_rarely()
+    gc.collect()
+    gc.freeze()  # what the program consists of is never garbage
     server.run()
     return 0 if server.started else 1
-
-
-def collect_rarely() -> None:
-    """What the program consists of is never garbage, and living requests need not be walked over that often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sqlite3
 
+import msgspec
 import orjson
 
 from errors import QueueFull
@@ -88,6 +89,7 @@ NEXT = """SELECT run.seq, run.owner, run.turn FROM queue JOIN run ON run.seq = (
 SERVED = "UPDATE queue SET served = (SELECT max(served) + 1 FROM queue) WHERE owner = ?"
 CLAIM = """UPDATE run SET holder = ?, until_at = ?, generation = generation + 1, attempts = attempts + 1 WHERE seq = ?
     RETURNING generation, attempts, request, bearer, next_number"""
+IS_HELD = "holder NOTNULL AND NOT is_stopped"
 OWN = "holder = ? AND NOT is_stopped"
 HELD = f"SELECT seq, generation FROM run WHERE {OWN}"
 # Nothing may be written for a run that was stopped, or that somebody else holds by now.
@@ -136,7 +138,7 @@ def free(held: Held, before_at: float, db: sqlite3.Connection) -> None:
 
 def release_run(held: Held, db: sqlite3.Connection) -> None:
     claim = (held.run, held.generation)
-    db.execute(f"UPDATE run SET holder = NULL, attempts = attempts - 1 WHERE {OF_CLAIM} AND NOT is_stopped", claim)
+    db.execute(f"UPDATE run SET holder = NULL, attempts = attempts - 1 WHERE {OF_CLAIM} AND {IS_HELD}", claim)
     let_go(held, db)
 
 
@@ -206,8 +208,7 @@ def settle(held: Held, ending: Ending, db: sqlite3.Connection) -> bool:
     if turn.conversation_id and not turn.is_detached:
         seq = _join(seq, turn, db)
     else:
-        if turn.is_brief:
-            db.execute(OWN_SETTINGS, (seq,))
+        turn = msgspec.structs.replace(turn, is_brief=bool(db.execute(OWN_SETTINGS, (seq,)).rowcount))
         row = (turn.status, turn.completed_at, settings_seq(turn, db), turn.body, newest_compaction(turn), seq)
         db.execute(END_TURN, row)
         insert_items(db, list(enumerate(turn.outputs, seq * PLACES + OUTPUTS_AT)), turn.id)

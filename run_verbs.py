@@ -163,7 +163,7 @@ class RunStore(Store, Protocol):
         """Of responses that are still there: status, and a number that grows with what is logged."""
 
     async def version(self) -> int:
-        """A number that differs as soon as another connection has written."""
+        """A number that differs as soon as somebody else, another process for instance, has written."""
 
     async def expired(self, now: float) -> list[Held]:
         """Claims whose leases have run out, stopped runs among them."""

@@ -84,6 +84,7 @@ def _set_up(settings: StoreSettings, db: sqlite3.Connection) -> None:
     db.execute(f"PRAGMA busy_timeout = {int(settings.busy_timeout_s * 1000)}")
     db.execute(f"PRAGMA synchronous = {settings.synchronous}")
     db.execute("PRAGMA secure_delete = ON")
+    db.execute("PRAGMA temp_store = MEMORY")  # journals of statements with triggers, which else spill to a file
     db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
     db.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
 
@@ -220,7 +221,7 @@ class SQLiteStore:
         return await self._reader.do(partial(run_rows.states, response_ids))
 
     async def version(self) -> int:
-        return await self._reader.run_bare(run_rows.version)
+        return await self._writer.run_bare(run_rows.version)
 
     async def expired(self, now: float) -> list[Held]:
         return await self._reader.do(partial(run_rows.expired, now))

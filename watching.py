@@ -52,8 +52,9 @@ class Watcher:
         self._store = store
         self._watches: dict[str, set[Watch]] = {}
         self._states: dict[str, State] = {}
-        # Told whenever another connection has written, whatever it was.
+        # Told whenever another process has written, whatever it was, and which state of the store that was.
         self.anything = Watch()
+        self.version = 0
         self._attending = 0
         self._is_attended = asyncio.Event()
 
@@ -95,13 +96,13 @@ class Watcher:
 
     async def run(self) -> None:
         """Looks for what others have written, until it is cancelled. A store that cannot be read is asked again."""
-        version = 0
         while True:
             try:
                 seen = await self._store.version()
-                if seen != version:
+                if seen != self.version:
                     await self._look()
-                version = seen
+                    self.version = seen
+                    self.anything.tell()
             except StoreError as error:
                 log.warning("could not look for changes: %s", error.message)
             await asyncio.sleep(LOOK_EVERY_S)
@@ -110,7 +111,6 @@ class Watcher:
                     await self._is_attended.wait()
 
     async def _look(self) -> None:
-        self.anything.tell()
         watched = list(self._watches)
         states = await self._store.states(watched) if watched else {}
         for response_id in watched:

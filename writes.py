@@ -284,6 +284,7 @@ def erase_turns(db: sqlite3.Connection, turns: list[tuple[int]]) -> None:
         db.executemany("DELETE FROM item_id WHERE id = ? AND item = ?", ids)
         db.execute("DELETE FROM item WHERE seq BETWEEN ? AND ?", items)
         db.execute(OWN_SETTINGS, (seq,))
+        db.execute("UPDATE run SET turn = 0 WHERE turn = ?", (seq,))  # a new turn may get the number
         db.execute("DELETE FROM turn WHERE seq = ?", (seq,))
 
 
