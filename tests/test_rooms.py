@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "jobs": (2, 100, set()),
     "reads": (2, 350, {"orjson"}),
     "writes": (2, 350, {"orjson"}),
-    "run_rows": (2, 350, {"orjson"}),
+    "run_rows": (2, 350, {"msgspec", "orjson"}),
     "store": (2, 250, set()),
     "once": (2, 100, set()),
     "records": (2, 250, {"msgspec", "orjson"}),
