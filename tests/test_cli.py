@@ -18,6 +18,9 @@ import pytest
 from conftest import ROOT
 from scripted import DEADLINE_S, END, Backend, Script, chunk
 
+from jobs import CLEAR
+from store import StoreSettings, open_store
+
 HI = {"model": "m", "input": "Hi"}
 LISTENING = re.compile(r"running on (http://\S+)")
 UVICORN = ["-m", "uvicorn", "proxy:app", "--port", "0"]
@@ -255,3 +258,120 @@ async def refuses_connections(url: str) -> None:
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
             await asyncio.sleep(0.01)
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+NO_JOBS = "RESPONSE  OWNER  STATE  AGE  ATTEMPT  EVENTS\n0 queued, 0 running\n"
+
+
+def running_script() -> Script:
+    return Script([chunk(content="Hel")], end="silent")
+
+
+@pytest.fixture
+async def file(tmp_path: Path) -> Path:
+    """A store without anything in it."""
+    path = tmp_path / "responses.db"
+    store = await open_store(StoreSettings(str(path)))
+    await store.close()
+    return path
+
+
+@contextlib.asynccontextmanager
+async def watched(file: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The command `jobs --watch`, stopped by its pid at the end."""
+    command = (sys.executable, str(ROOT / "proxy.py"), "jobs", "--watch", "--store", str(file))
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, env=environment(), stdout=pipe, stderr=pipe)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def next_table(process: asyncio.subprocess.Process) -> str:
+    """The lines up to the next line of counts."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while not lines or "queued, " not in lines[-1]:
+            line = (await process.stdout.readline()).decode()
+            assert line, "it ended early"
+            lines.append(line)
+    return "".join(lines)
+
+
+async def test_jobs_shows_what_waits_and_what_runs(backend: Backend, file: Path) -> None:
+    backend.script(running_script())
+    environ = {"RESPONSES_PROXY_BACKGROUND__WORKERS": "1"}
+    async with started(
+        "proxy.py", "--upstream", backend.url, "--port", "0", "--store", str(file), **environ
+    ) as process:
+        ids = []
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with session.post(f"{process.url}/v1/responses", json={**HI, "background": True}) as answer:
+                    ids.append((await answer.json())["id"])
+            await backend.received()
+        done = await asyncio.to_thread(run, "jobs", "--store", str(file))
+    heading, first, second, counts = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, counts) == (0, "", "1 queued, 1 running")
+    assert heading.split() == ["RESPONSE", "OWNER", "STATE", "AGE", "ATTEMPT", "EVENTS"]
+    assert [line.split()[:3] for line in (first, second)] == [[ids[0], "-", "running"], [ids[1], "-", "queued"]]
+
+
+async def test_jobs_of_a_file_without_any_says_so(file: Path) -> None:
+    done = await asyncio.to_thread(run, "jobs", "--store", str(file))
+    assert (done.returncode, done.stdout, done.stderr) == (0, NO_JOBS, "")
+
+
+def test_jobs_without_a_file_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "nowhere.db"
+    done = run("jobs", "--store", str(file))
+    expected = f"responses-proxy: store.path: there is no file '{file}'\n"
+    assert (done.returncode, done.stdout, done.stderr, file.exists()) == (2, "", expected, False)
+
+
+def test_jobs_of_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("No database. " * 1000)
+    done = run("jobs", "--store", str(file))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("responses-proxy: ")
+
+
+async def test_watched_jobs_are_shown_again_when_they_change(backend: Backend, file: Path) -> None:
+    backend.script(running_script())
+    async with (
+        started("proxy.py", "--upstream", backend.url, "--port", "0", "--store", str(file)) as process,
+        watched(file) as jobs,
+        aiohttp.ClientSession() as session,
+    ):
+        assert await next_table(jobs) == NO_JOBS
+        async with session.post(f"{process.url}/v1/responses", json={**HI, "background": True}) as answer:
+            response_id = (await answer.json())["id"]
+        await backend.received()
+        async with asyncio.timeout(DEADLINE_S):
+            while response_id not in (table := await next_table(jobs)):
+                assert table == CLEAR + NO_JOBS
+        assert table.startswith(CLEAR)
+        assert "0 queued, 1 running" in table
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_watched_jobs_end_at_a_signal_without_a_traceback(file: Path, number: int) -> None:
+    async with watched(file) as jobs:
+        await next_table(jobs)
+        jobs.send_signal(number)
+        async with asyncio.timeout(DEADLINE_S):
+            _, said = await jobs.communicate()
+    assert b"Traceback" not in said
+
+
+async def test_a_table_is_there_at_once_for_who_reads_it_through_a_pipe(file: Path) -> None:
+    """The first table is not kept in a buffer until the second one comes."""
+    async with watched(file) as jobs:
+        assert (await next_table(jobs)).startswith("RESPONSE")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import App, StartApp
-from scripted import Backend, plain, refused, streamed
+from scripted import Backend, Script, chunk, plain, refused, streamed
 from test_proxy import Blocks, error_of, events_in
 
 from stored import STORED_ROUTES
@@ -412,7 +412,7 @@ async def test_a_clients_key_is_nowhere_in_the_files_or_the_log(
     app = await start_app(auth=auth, store={"path": str(tmp_path / "responses.db")})
     await everything(Client(app, token), backend)
     assert holding("", tmp_path) == ["responses.db", "responses.db-shm", "responses.db-wal", "responses.db.key"]
-    assert holding("Hi", tmp_path) == ["responses.db-wal"]
+    assert holding("Hello there.", tmp_path) == ["responses.db-wal"]
     assert (holding(token, tmp_path), holding(hashlib.sha256(token.encode()).hexdigest(), tmp_path)) == ([], [])
     assert [record.msg for record in caplog.records if token in f"{record.getMessage()}{record.args}"] == []
 
@@ -424,3 +424,169 @@ async def test_what_clients_say_is_not_in_the_log_at_any_level(
     await Client(await start_app(), None).respond(input="something very private")
     private = [record for record in caplog.records if "very private" in record.getMessage()]
     assert [f"{record.name}: {record.msg}" for record in private] == []
+
+
+# -- background responses of another owner -----------------------------------------------------------------------------
+
+RUN: Json = {**HI, "background": True}
+BACKGROUND_CASES = [
+    Case("GET", "/responses/{id}", "run"),
+    Case("GET", "/responses/{id}/input_items", "run"),
+    Case("DELETE", "/responses/{id}", "run"),
+    Case("POST", "/responses/{id}/cancel", "run"),
+    *(Case("GET", f"/responses/{{id}}?stream=true{more}", "run") for more in ("", "&starting_after=0")),
+    Case("GET", "/responses/{id}?stream=true&starting_after=1000000", "run"),
+    Case("GET", "/responses?after={id}", "run", status=400),
+    *(
+        Case("POST", "/responses", "run", {**HI, "previous_response_id": "{id}", **options}, 400)
+        for options in (
+            {},
+            {"stream": True},
+            {"store": False},
+            {"background": True},
+            {"background": True, "stream": True},
+            {"background": True, "store": False},
+        )
+    ),
+]
+OLD_BACKGROUND_CASES = [
+    *(
+        Case("POST", "/responses", "conversation", {**RUN, "conversation": "{id}", **options})
+        for options in ({}, {"stream": True}, {"store": False})
+    ),
+    *(
+        Case("POST", "/responses", of, {**RUN, "input": [{"type": "item_reference", "id": "{id}"}], **options})
+        for of in ("input", "output", "item")
+        for options in ({}, {"stream": True})
+    ),
+]
+
+
+@pytest.fixture(params=["queued", "in_progress", "completed"])
+async def run_of_alice(
+    request: pytest.FixtureRequest, start_app: StartApp, backend: Backend, tmp_path: Path
+) -> tuple[Client, Client, str]:
+    """A streamed background response of hers in each status; with bob, at another process."""
+    store = {"path": str(tmp_path / "responses.db")}
+    workers = 0 if request.param == "queued" else 1
+    app = await start_app(auth=AUTH, store=store, background={"workers": workers})
+    bobs = await start_app(auth=AUTH, store=store, background={"workers": 0})
+    backend.script(Script([chunk(content="Hel")], end="silent") if request.param == "in_progress" else streamed("Hi"))
+    alice, bob = Client(app, ALICE), Client(bobs, BOB)
+    headers = {"authorization": f"Bearer {ALICE}"}
+    async with app.post({**RUN, "stream": True}, headers=headers) as answer:
+        blocks = Blocks(answer)
+        first = json.loads((await blocks.next()).partition("data: ")[2])["response"]
+        if request.param == "in_progress":
+            await blocks.until("event: response.output_text.delta")
+        if request.param == "completed":
+            await blocks.rest()
+    return alice, bob, first["id"]
+
+
+@pytest.mark.parametrize("case", BACKGROUND_CASES, ids=lambda case: case.name)
+async def test_a_foreign_run_is_answered_byte_for_byte_like_an_unknown_one(
+    run_of_alice: tuple[Client, Client, str], backend: Backend, case: Case
+) -> None:
+    alice, bob, given_id = run_of_alice
+    own, asked_so_far = Belongings("", "", "", "", ""), len(backend.requests)
+    before = await alice.ask("GET", f"/v1/responses/{given_id}")
+    to_foreign = await case.asked(bob, own, given_id)
+    to_unknown = await case.asked(bob, own, unlike(given_id))
+    assert to_foreign.without(given_id) == to_unknown.without(unlike(given_id))
+    assert (to_foreign.status, len(backend.requests)) == (case.status, asked_so_far), to_foreign.text
+    assert (await alice.ask("GET", f"/v1/responses/{given_id}")).text == before.text
+
+
+@pytest.mark.parametrize("case", OLD_BACKGROUND_CASES, ids=lambda case: case.name)
+async def test_a_background_request_finds_a_foreign_id_as_little_as_an_unknown_one(
+    alice: Client, bob: Client, backend: Backend, case: Case
+) -> None:
+    foreign, own = await Belongings.of(alice), await Belongings.of(bob)
+    asked_so_far = len(backend.requests)
+    given_id = getattr(foreign, case.of)
+    to_foreign = await case.asked(bob, own, given_id)
+    to_unknown = await case.asked(bob, own, unlike(given_id))
+    assert to_foreign.without(given_id) == to_unknown.without(unlike(given_id))
+    assert (to_foreign.status, len(backend.requests)) == (case.status, asked_so_far), to_foreign.text
+
+
+async def test_a_foreign_run_is_not_waited_for(start_app: StartApp, backend: Backend) -> None:
+    """How long an answer takes tells nothing either."""
+    app = await start_app(auth=AUTH, turns={"parent_wait_s": 3600.0}, background={"workers": 0})
+    alice, bob = Client(app, ALICE), Client(app, BOB)
+    parent = (await alice.respond(background=True))["id"]
+    for options in ({}, {"stream": True}):
+        answer = await bob.ask("POST", "/v1/responses", {**HI, **options, "previous_response_id": parent})
+        assert answer.status == 400
+
+
+async def test_each_owner_has_its_own_queue(start_app: StartApp) -> None:
+    app = await start_app(auth=AUTH, background={"workers": 0, "queue_per_owner": 1})
+    alice, bob = Client(app, ALICE), Client(app, BOB)
+    await alice.respond(background=True)
+    assert (await alice.ask("POST", "/v1/responses", RUN)).status == 429
+    assert (await bob.respond(background=True))["status"] == "queued"
+
+
+async def test_owners_are_served_in_turns(start_app: StartApp, backend: Backend, tmp_path: Path) -> None:
+    store = {"path": str(tmp_path / "responses.db")}
+    app = await start_app(auth=AUTH, store=store, background={"workers": 0})
+    for key, count in ((ALICE, 4), (BOB, 2)):
+        for number in range(count):
+            await Client(app, key).respond(background=True, input=f"{key} {number}")
+    backend.script(streamed("Hi"))
+    await start_app(auth=AUTH, store=store, background={"workers": 1})
+    asked = [(await backend.received()).body["messages"][0]["content"] for _ in range(6)]
+    in_turns = [(ALICE, 0), (BOB, 0), (ALICE, 1), (BOB, 1), (ALICE, 2), (ALICE, 3)]
+    assert asked == [f"{key} {number}" for key, number in in_turns]
+
+
+async def test_a_background_response_is_its_owners_after_it_was_carried_out(
+    alice: Client, bob: Client, backend: Backend
+) -> None:
+    backend.script(streamed("Hi"))
+    response_id = (await alice.respond(background=True))["id"]
+    await backend.received()
+    assert (await bob.ask("GET", f"/v1/responses/{response_id}")).status == 404
+    listed = {client.key: (await client.ask("GET", "/v1/responses")).body["data"] for client in (alice, bob)}
+    assert {key: [each["id"] for each in found] for key, found in listed.items()} == {ALICE: [response_id], BOB: []}
+
+
+async def test_a_key_of_a_background_request_is_another_owners_too(alice: Client, bob: Client) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    first = await alice.made("/v1/responses", RUN, **key)
+    answer = await bob.ask("POST", "/v1/responses", RUN, **key)
+    assert (answer.status, answer.headers.get("idempotent-replayed")) == (200, None)
+    assert answer.body["id"] != first["id"]
+
+
+async def test_a_run_carries_the_token_of_its_own_client(start_app: StartApp, backend: Backend, tmp_path: Path) -> None:
+    app = await passing(start_app, background={"workers": 1})
+    backend.script(streamed("Hi"))
+    for token in (TOKEN, OTHER_TOKEN):
+        await Client(app, token).respond(background=True, input=token[-8:])
+    found = [await backend.received() for _ in range(2)]
+    assert {each.body["messages"][0]["content"]: each.headers["authorization"] for each in found} == {
+        token[-8:]: f"Bearer {token}" for token in (TOKEN, OTHER_TOKEN)
+    }
+
+
+@pytest.mark.parametrize(
+    ("auth", "token"), [(PASSTHROUGH, TOKEN), (AUTH, ALICE)], ids=["token of passthrough", "key of keys"]
+)
+async def test_the_key_of_a_background_request_is_nowhere_in_the_files_or_the_log(
+    start_app: StartApp, backend: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture, auth: Json, token: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    app = await start_app(auth=auth, store={"path": str(tmp_path / "responses.db")})
+    backend.script(streamed("Hi"), refused(401, "no"), Script([chunk(content="Hel")], end="silent"))
+    client = Client(app, token)
+    last = ""
+    for _ in range(3):
+        last = (await client.respond(background=True))["id"]
+        await backend.received()
+        assert holding(token, tmp_path) == []
+    await client.ask("POST", f"/v1/responses/{last}/cancel")
+    assert (holding(token, tmp_path), holding(hashlib.sha256(token.encode()).hexdigest(), tmp_path)) == ([], [])
+    assert [record.msg for record in caplog.records if token in f"{record.getMessage()}{record.args}"] == []

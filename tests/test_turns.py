@@ -24,10 +24,15 @@ from store import StoreSettings, open_store
 from streaming import ReasoningSettings
 from turns import Asked, Means, Turn, Turns, TurnSettings
 from upstream import Upstreams, UpstreamSettings
+from verbs import Page
 from watching import Watcher
 
 HI = {"model": "m", "input": "Hi"}
 STREAM = {**HI, "stream": True}
+
+
+def asked(body: dict[str, Any]) -> Asked:
+    return Asked(parse_request(body, RequestLimits()), Caller(""))
 
 
 class Bench:
@@ -37,12 +42,14 @@ class Bench:
         self.upstreams = upstreams
         self.store = store
 
-    async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
+    def turns(self, **settings: Any) -> Turns:
         numbers = itertools.count(1)
         sources = Sources(lambda: 1_700_000_000.9, lambda prefix: f"{prefix}_{next(numbers)}")
         means = Means(self.upstreams, Leases(self.store, sources), Seals((bytes(32),)), sources, Watcher(self.store))
-        turns = Turns(means, TurnSettings(**settings), ReasoningSettings())
-        return await turns.prepare(Asked(parse_request(body, RequestLimits()), Caller("")))
+        return Turns(means, TurnSettings(**settings), ReasoningSettings())
+
+    async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
+        return await self.turns(**settings).prepare(asked(body))
 
 
 @pytest.fixture
@@ -257,3 +264,44 @@ async def test_a_stream_that_is_stopped_while_it_cannot_be_kept_has_failed(
     assert [event["type"] for event in closing[-2:]] == ["response.content_part.done", "response.output_item.done"]
     assert (last["type"], last["response"]["error"]["message"]) == ("response.failed", STOPPED.message)
     assert await bench.store.response("", last["response"]["id"]) is None
+
+
+# -- background --------------------------------------------------------------------------------------------------------
+
+RUN = {**HI, "background": True}
+
+
+async def test_a_background_turn_asks_the_backend_to_stream_and_tells_nothing(bench: Bench, backend: Backend) -> None:
+    backend.script(streamed("Hel", "lo"))
+    assert await all_events(await bench.prepare(RUN)) == []
+    assert (await backend.received()).body["stream"] is True
+    (kept,) = (await bench.store.responses("", Page(), None)).rows
+    assert (kept.status, [b"Hello" in item for item in kept.outputs]) == ("completed", [True])
+
+
+async def test_a_look_gives_the_items_and_the_names_of_what_is_left_out(bench: Bench, backend: Backend) -> None:
+    turns = bench.turns()
+    own, ignored = await turns.look(asked({**RUN, "seed": 1, "tools": [{"type": "web_search"}]}))
+    assert own == [{"type": "message", "role": "user", "content": "Hi"}]
+    assert (ignored, backend.requests) == (("seed", "tools[0].type=web_search"), [])
+
+
+async def test_a_look_refuses_what_a_turn_would_refuse(bench: Bench, backend: Backend) -> None:
+    output = {"type": "function_call_output", "call_id": "call_x", "output": "rain"}
+    with pytest.raises(InvalidRequest) as caught:
+        await bench.turns().look(asked({**RUN, "input": [output]}))
+    assert ("call_x" in caught.value.message, backend.requests) == (True, [])
+
+
+async def test_a_strict_look_refuses_what_would_be_left_out(bench: Bench) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await bench.turns(strict=True).look(asked({**RUN, "seed": 1}))
+    assert caught.value.param == "seed"
+
+
+async def test_a_stream_that_never_began_is_told_as_created_and_failed(bench: Bench) -> None:
+    events = bench.turns().refused(asked(STREAM).request, InvalidRequest("No."))
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    assert [event["response"]["status"] for event in events] == ["in_progress", "in_progress", "failed"]
+    assert events[-1]["response"]["error"] == {"code": "invalid_prompt", "message": "No."}
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
