@@ -37,11 +37,9 @@ TABLES = (
     "CREATE INDEX run_by_conversation ON run (conversation) WHERE conversation IS NOT NULL",
     # How many runs of an owner are queued, and when in the round its last one was taken.
     "CREATE TABLE queue (owner TEXT PRIMARY KEY, length INTEGER NOT NULL, served INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX queue_by_round ON queue (served)",
     # The events of a streamed run can be read until then; infinite while it runs.
     "CREATE TABLE log (run INTEGER PRIMARY KEY, turn INTEGER NOT NULL, until_at REAL NOT NULL)",
     "CREATE INDEX log_by_turn ON log (turn)",
-    "CREATE INDEX log_by_end ON log (until_at)",
     # Some events that follow each other, as clients are sent them.
     "CREATE TABLE event (seq INTEGER PRIMARY KEY, body BLOB NOT NULL)",
 )

@@ -3,13 +3,18 @@
 `--mode stream` and `--mode plain` send `--count` requests, `--concurrency` at a time, over kept-alive connections.
 `--mode hold` opens `--count` streams, prints once all have begun, and closes them when its standard input ends.
 `--keep` says what the server is to keep: nothing, every response, or one chain of responses for each connection.
+`--background` asks for background responses. With `--mode stream` each is read live; with `--mode plain` and `--store
+FILE` each is fetched once, as soon as the file says that it has ended, which costs the server nothing; with `--mode
+admit` it is left in the queue. `--owners` spreads the connections over that many client keys, `bench-0` and so on.
 """
 
 import argparse
 import asyncio
+import sqlite3
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +25,8 @@ import uvloop
 CREATED = b"event: response.created"
 DELTA = b"event: response.output_text.delta"
 DEADLINE_S = 60
+LOOK_EVERY_S = 0.004
+UNFINISHED = "SELECT turn.id FROM run JOIN turn ON turn.seq = run.turn"
 
 
 @dataclass
@@ -64,11 +71,10 @@ class Exchange:
         response: dict[str, Any] = answer.get("response", answer)
         return response
 
-    def text_length(self) -> int:
-        """Characters of output text in the final response, -1 if there is none."""
-        answer = self.answer()
-        texts = [part["text"] for item in answer.get("output", ()) for part in item.get("content", ())]
-        return len("".join(texts)) if answer.get("status") == "completed" else -1
+
+def text_length(response: dict[str, Any]) -> int:
+    """Characters of output text."""
+    return sum(len(part["text"]) for item in response.get("output", ()) for part in item.get("content", ()))
 
 
 class Connection(asyncio.Protocol):
@@ -98,42 +104,97 @@ async def connect(port: int) -> Connection:
     return connection
 
 
-def request_bytes(given: argparse.Namespace, previous_id: str | None = None) -> bytes:
-    fields = {"model": "bench", "input": "Say some words."}
-    if previous_id:
-        fields["previous_response_id"] = previous_id
-    body = orjson.dumps({**fields, "stream": given.mode != "plain", "store": given.keep != "nothing"})
-    headers = b"host: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
-    return b"POST /v1/responses HTTP/1.1\r\n" + headers + body
+class Ends:
+    """Knows from the store's file which runs have ended. A reader of the file costs its writer nothing."""
+
+    def __init__(self, path: str) -> None:
+        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+
+    async def wait_for(self, response_id: str) -> None:
+        """The end of a run that was admitted."""
+        self._waiting[response_id] = asyncio.get_running_loop().create_future()
+        await self._waiting[response_id]
+
+    async def look_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._waiting:
+                for ended in self._waiting.keys() - {response_id for (response_id,) in self._db.execute(UNFINISHED)}:
+                    self._waiting.pop(ended).set_result(None)
 
 
-async def work(given: argparse.Namespace) -> list[Exchange]:
-    connection, request = await connect(given.port), request_bytes(given)
+class Client:
+    """One connection, opened again where the server has closed it."""
+
+    def __init__(self, given: argparse.Namespace, number: int) -> None:
+        self._given = given
+        owner = b"authorization: Bearer bench-%d\r\n" % (number % given.owners) if given.owners else b""
+        self._headers = b"host: 127.0.0.1\r\n" + owner
+        self._connection: Connection | None = None
+
+    async def create(self, previous_id: str | None = None) -> Exchange:
+        given = self._given
+        fields = {"model": "bench", "input": "Say some words."}
+        if previous_id:
+            fields["previous_response_id"] = previous_id
+        flags = {"stream": given.mode in ("stream", "hold"), "store": given.keep != "nothing"}
+        body = orjson.dumps({**fields, **flags, **({"background": True} if given.background else {})})
+        headers = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        return await self._send(b"POST /v1/responses", headers + b"\r\n" + body)
+
+    async def fetch(self, response_id: str) -> Exchange:
+        return await self._send(b"GET /v1/responses/%b" % response_id.encode(), b"\r\n")
+
+    async def _send(self, target: bytes, rest: bytes) -> Exchange:
+        if self._connection is None or self._connection.transport.is_closing():
+            self._connection = await connect(self._given.port)
+        return self._connection.send(target + b" HTTP/1.1\r\n" + self._headers + rest)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.close()
+
+
+async def work(given: argparse.Namespace, number: int, ends: Ends | None) -> list[Exchange]:
+    client = Client(given, number)
     done: list[Exchange] = []
+    previous_id = None
     for _ in range(given.count // given.concurrency):
-        if connection.transport.is_closing():
-            connection = await connect(given.port)
-        exchange = connection.send(request)
+        exchange = await client.create(previous_id)
         await exchange.finished
+        if ends is not None:
+            response_id = exchange.answer()["id"]
+            await ends.wait_for(response_id)
+            exchange = await client.fetch(response_id)
+            await exchange.finished
         done.append(exchange)
         if given.keep == "chains":
-            request = request_bytes(given, exchange.answer().get("id"))
-    connection.transport.close()
+            previous_id = exchange.answer().get("id")
+    client.close()
     return done
 
 
 async def drive(given: argparse.Namespace) -> None:
+    ends = Ends(given.store) if given.store else None
+    looking = asyncio.create_task(ends.look_again_and_again()) if ends else None
+    begun_at = time.perf_counter()
     async with asyncio.timeout(DEADLINE_S):
-        workers = await asyncio.gather(*(work(given) for _ in range(given.concurrency)))
-    print(orjson.dumps(summary([exchange for done in workers for exchange in done])).decode())
+        workers = await asyncio.gather(*(work(given, number, ends) for number in range(given.concurrency)))
+    took_s = time.perf_counter() - begun_at
+    if looking:
+        looking.cancel()
+    exchanges = [exchange for done in workers for exchange in done]
+    wanted = "queued" if given.mode == "admit" else "completed"
+    print(orjson.dumps({"took_s": took_s, **summary(exchanges, wanted)}).decode())
 
 
-def summary(exchanges: list[Exchange]) -> dict[str, object]:
-    lengths = [exchange.text_length() for exchange in exchanges]
+def summary(exchanges: Sequence[Exchange], wanted: str) -> dict[str, object]:
+    answers = [exchange.answer() for exchange in exchanges]
     return {
         "requests": len(exchanges),
-        "failed": lengths.count(-1),
-        "characters": sum(lengths),
+        "failed": sum(answer.get("status") != wanted for answer in answers),
+        "characters": sum(map(text_length, answers)),
         "deltas": sum(exchange.body.count(DELTA) for exchange in exchanges),
         "created_ms": median_delay_ms([(exchange.sent_at, exchange.created_at) for exchange in exchanges]),
         "delta_ms": median_delay_ms([(exchange.sent_at, exchange.delta_at) for exchange in exchanges]),
@@ -148,20 +209,23 @@ def median_delay_ms(times: list[tuple[float, float]]) -> float | None:
 
 async def hold(given: argparse.Namespace) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        connections = [await connect(given.port) for _ in range(given.count)]
-        exchanges = [connection.send(request_bytes(given)) for connection in connections]
+        clients = [Client(given, number) for number in range(given.count)]
+        exchanges = [await client.create() for client in clients]
         await asyncio.gather(*(exchange.begun for exchange in exchanges))
     print(orjson.dumps({"requests": len(exchanges), "failed": 0}).decode(), flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    for connection in connections:
-        connection.transport.close()
+    for client in clients:
+        client.close()
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--port", type=int, required=True)
-    flags.add_argument("--mode", choices=("stream", "plain", "hold"), required=True)
+    flags.add_argument("--mode", choices=("stream", "plain", "admit", "hold"), required=True)
     flags.add_argument("--keep", choices=("nothing", "turns", "chains"), default="nothing")
+    flags.add_argument("--background", action="store_true")
+    flags.add_argument("--store")
+    flags.add_argument("--owners", type=int, default=0)
     flags.add_argument("--concurrency", type=int, default=1)
     flags.add_argument("--count", type=int, required=True)
     given = flags.parse_args()

@@ -3,11 +3,13 @@
 
 Both servers get the same requests from the same load generator and backend, in alternating rounds; the ratio is the
 median over the rounds. Nothing is stored in these sections; the others measure the store alone, and the proxy with it
-beside the proxy without. Exits 1 when a bound is broken. A full run of all sections writes RESULTS.md.
+beside the proxy without, in the background beside the foreground. Exits 1 when a bound is broken. A full run of all
+sections writes RESULTS.md.
 """
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -40,6 +42,16 @@ FILE_BOUND = 1.3
 GROWTH_BOUND = 1.15
 READ_BOUND_MS = 5
 SAVE_BOUND_US = 40
+BACKGROUND_BOUND = 2.0
+EVENT_BOUND = 1.5
+QUEUED_BOUND_KB = 2
+ADMISSION_BOUND = 1.5
+OWNERS = 20
+OWNER_KEYS = tuple(f"bench-{number}" for number in range(OWNERS))
+BACKGROUND = ("--keep", "turns", "--background")
+NO_SETTINGS: Mapping[str, str] = {}
+# As many as one answer of the backend to a plain request has words.
+WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,10 @@ class Plan:
     idle_streams: int = 200
     stored_requests: int = 4000
     stored_at_once: int = 200
+    background_requests: int = 600
+    live_streams: int = 32
+    queued_runs: int = 10_000
+    queue_rounds: int = 3
 
 
 FULL = Plan(rounds=15, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=3)
@@ -66,6 +82,7 @@ class Server:
     name: str
     port: int
     process: subprocess.Popen[bytes]
+    store: str
 
     def cpu_s(self) -> float:
         """User and system time of the whole process so far, from its CPU clock (clock_getcpuclockid(3))."""
@@ -74,6 +91,10 @@ class Server:
     def rss_kb(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
+
+
+# What a round of work on a server costs.
+Measure = Callable[[Server], float]
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,12 @@ class Row:
         values = tuple(rounds)
         result = statistics.median(values) if bound is None else min(values)
         return cls(what, unit, result, rounds=values, bound=bound)
+
+    @classmethod
+    def of_ratios(cls, what: str, ratios: Iterable[float], bound: float | None = None) -> Self:
+        """Two measures of the proxy against each other; a bound is on the median of the rounds."""
+        values = tuple(ratios)
+        return cls(what, "ratio", statistics.median(values), rounds=values, bound=bound)
 
     def result(self) -> float:
         return self.proxy if self.relay is None else statistics.median(self.rounds)
@@ -123,7 +150,7 @@ class Bench:
         query = f"chunks={chunks}&interval_ms={interval_ms}&silent={int(silent)}"
         fetch(f"http://127.0.0.1:{self.backend_port}/script?{query}", b"")
 
-    def compare(self, measure: Callable[[Server], float], rounds: int) -> tuple[float, float, tuple[float, ...]]:
+    def compare(self, measure: Measure, rounds: int) -> tuple[float, float, tuple[float, ...]]:
         """Median of the proxy, median of the relay, and the ratio of each round; who goes first alternates."""
         pairs: list[tuple[float, float]] = []
         for turn in range(rounds):
@@ -133,7 +160,7 @@ class Bench:
         proxy, relay = zip(*pairs, strict=True)
         return statistics.median(proxy), statistics.median(relay), tuple(p / r for p, r in pairs)
 
-    def row(self, what: str, unit: str, measure: Callable[[Server], float], bound: float | None = None) -> Row:
+    def row(self, what: str, unit: str, measure: Measure, bound: float | None = None) -> Row:
         return Row(what, unit, *self.compare(measure, self.plan.rounds), bound)
 
 
@@ -149,10 +176,10 @@ def free(bench: Bench) -> list[Row]:
     return [bench.row(what, "µs", cpu_per_chunk(bench.plan.free_streams, 1000))]
 
 
-def cpu_per_chunk(streams: int, chunks: int) -> Callable[[Server], float]:
+def cpu_per_chunk(streams: int, chunks: int, *flags: str, at_once: int = 8) -> Measure:
     def measure(server: Server) -> float:
         before = server.cpu_s()
-        seen = load(server, "stream", streams, 8)
+        seen = load(server, "stream", streams, at_once, *flags)
         spent_s = server.cpu_s() - before
         if seen["characters"] != streams * chunks * WORD_CHARACTERS:
             raise SystemExit(f"{server.name} lost text: {seen}")
@@ -166,10 +193,10 @@ def plain(bench: Bench) -> list[Row]:
     return [bench.row("CPU per plain request, 4 at a time", "µs", measure, PER_REQUEST_BOUND)]
 
 
-def cpu_per_request(requests: int, at_once: int, keep: str = "nothing") -> Callable[[Server], float]:
+def cpu_per_request(requests: int, at_once: int, *flags: str, mode: str = "plain") -> Measure:
     def measure(server: Server) -> float:
         before = server.cpu_s()
-        load(server, "plain", requests, at_once, keep)
+        load(server, mode, requests, at_once, *flags)
         return (server.cpu_s() - before) * 1e6 / requests
 
     return measure
@@ -178,7 +205,7 @@ def cpu_per_request(requests: int, at_once: int, keep: str = "nothing") -> Calla
 def first(bench: Bench) -> list[Row]:
     bench.script(chunks=3)
 
-    def delay_ms(event: str) -> Callable[[Server], float]:
+    def delay_ms(event: str) -> Measure:
         return lambda server: float(load(server, "stream", bench.plan.first_events, 1)[event])
 
     return [
@@ -242,21 +269,135 @@ def save(bench: Bench) -> list[Row]:
 def stored(bench: Bench) -> list[Row]:
     """No bound: a difference of two large values has the noise of both; its rounds lay at 10 to 275 µs in one run."""
     requests, at_once = bench.plan.stored_requests, bench.plan.stored_at_once
-    measures = [cpu_per_request(requests, at_once, keep) for keep in ("nothing", "turns", "chains")]
-    costs: list[tuple[float, ...]] = []
-    for turn in range(bench.plan.rounds + 1):
-        order = 1 if turn % 2 else -1
-        costs.append(tuple([measure(bench.proxy) for measure in measures[::order]][::order]))
-    bare, kept, chained = zip(*costs[1:], strict=True)  # the first round warms up
+    measures = [cpu_per_request(requests, at_once, "--keep", keep) for keep in ("nothing", "turns", "chains")]
+    bare, kept, chained = taking_turns(measures, bench.proxy, bench.plan.rounds)
     what = f"CPU per plain request, {at_once} at a time, `store:"
     depth = requests // at_once
     return [
         Row.of_rounds(f"{what} false`", "µs", bare),
         Row.of_rounds(f"{what} true`", "µs", kept),
-        Row.of_rounds(f"{what} true` : `store: false`", "ratio", map(truediv, kept, bare)),
+        Row.of_ratios(f"{what} true` : `store: false`", map(truediv, kept, bare)),
         Row.of_rounds(f"{what} true` less `store: false`", "µs", map(sub, kept, bare)),
         Row.of_rounds(f"{what} true`, in chains of {depth} turns", "µs", chained),
     ]
+
+
+def taking_turns(measures: list[Measure], server: Server, rounds: int) -> list[tuple[float, ...]]:
+    """The rounds of each measure of one server; who goes first alternates, and the first round warms up."""
+    seen: list[tuple[float, ...]] = []
+    for turn in range(rounds + 1):
+        order = 1 if turn % 2 else -1
+        seen.append(tuple([measure(server) for measure in measures[::order]][::order]))
+    return list(zip(*seen[1:], strict=True))
+
+
+def background(bench: Bench) -> list[Row]:
+    """The same turn three ways. A background one is created, has ended, and is then fetched once."""
+    bench.script(chunks=WORDS)
+    rows: list[Row] = []
+    with serving("proxy", bench.backend_port) as server:
+        for at_once in (8, 200):
+            rows += background_rows(bench.plan, server, at_once)
+    return rows
+
+
+def background_rows(plan: Plan, server: Server, at_once: int) -> list[Row]:
+    requests = plan.background_requests
+    measures = [
+        cpu_per_request(requests, at_once, "--keep", "turns"),
+        cpu_per_request(requests, at_once, "--keep", "turns", mode="stream"),
+        cpu_per_request(requests, at_once, *BACKGROUND, "--store", server.store),
+    ]
+    plain, streamed, queued = taking_turns(measures, server, plan.rounds)
+    what = f"CPU per stored turn, {at_once} at a time,"
+    return [
+        Row.of_rounds(f"{what} plain", "µs", plain),
+        Row.of_rounds(f"{what} streamed", "µs", streamed),
+        Row.of_rounds(f"{what} in background", "µs", queued),
+        # The same turn: a background turn asks the backend for a stream, so that a long answer is no silence.
+        Row.of_ratios(f"{what} in background : streamed", map(truediv, queued, streamed), BACKGROUND_BOUND),
+        Row.of_ratios(f"{what} in background : plain", map(truediv, queued, plain)),
+    ]
+
+
+def events(bench: Bench) -> list[Row]:
+    """Streams read by those who asked for them; what it costs to begin and to end one is in it."""
+    streams = bench.plan.live_streams
+    rows: list[Row] = []
+    with serving("proxy", bench.backend_port, BACKGROUND__WORKERS=str(streams)) as server:
+        for chunks, interval_ms, pace in ((100, 20, "a chunk per 20 ms"), (1000, 0, "as fast as they go")):
+            bench.script(chunks=chunks, interval_ms=interval_ms)
+            measures = [
+                cpu_per_chunk(streams, chunks, "--keep", "turns", at_once=streams),
+                cpu_per_chunk(streams, chunks, *BACKGROUND, at_once=streams),
+            ]
+            fore, back = taking_turns(measures, server, bench.plan.rounds)
+            what = f"CPU per chunk, {streams} stored streams, {pace},"
+            rows += [
+                Row.of_rounds(f"{what} foreground", "µs", fore),
+                Row.of_rounds(f"{what} background", "µs", back),
+                Row.of_ratios(f"{what} background : foreground", map(truediv, back, fore), EVENT_BOUND),
+            ]
+    return rows
+
+
+def queue(bench: Bench) -> list[Row]:
+    """Admission of many that stay queued: memory and CPU of the server, and of the store's own part in it."""
+    seen = storing("queue", bench.plan.queue_rounds)
+    filled = [filling(bench) for _ in range(bench.plan.queue_rounds)]
+    runs, tenth = bench.plan.queued_runs, bench.plan.queued_runs // 10
+    grown, late_grown, early, late = zip(*filled, strict=True)
+    what = f"{runs} runs queued by {OWNERS} owners:"
+    return [
+        Row.of_rounds(f"{what} memory of the server per run", "KB", grown, QUEUED_BOUND_KB),
+        Row.of_rounds(f"{what} the same, second half", "KB", late_grown),
+        Row.of_rounds(f"{what} CPU per admission, first {tenth}", "µs", early),
+        Row.of_ratios(f"{what} last {tenth} : first {tenth}", map(truediv, late, early), ADMISSION_BOUND),
+        *stored_queue_rows(what, seen),
+    ]
+
+
+def stored_queue_rows(what: str, seen: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for step in ("admission", "claim"):
+        early, late = seen[f"early_{step}_us"], seen[f"late_{step}_us"]
+        part = f"{what} CPU of the store per {step},"
+        rows.append(Row.of_rounds(f"{part} first tenth", "µs", early))
+        bound = ADMISSION_BOUND if step == "admission" else None
+        rows.append(Row.of_ratios(f"{part} last tenth : first tenth", map(truediv, late, early), bound))
+    return rows
+
+
+def filling(bench: Bench) -> tuple[float, float, float, float]:
+    """KB per run, in all and of the second half, and µs per admission, of the first tenth and the last.
+
+    The server is fresh, and warm before the first run is counted.
+    """
+    tenth = bench.plan.queued_runs // 10
+    keys = ",".join(f"{name}=sha256:{hashlib.sha256(name.encode()).hexdigest()}" for name in OWNER_KEYS)
+    limits = {"BACKGROUND__QUEUE_PER_OWNER": "100000", "BACKGROUND__QUEUE_TOTAL": "100000"}
+    settings = {"AUTH__MODE": "keys", "AUTH__KEYS": keys, "BACKGROUND__WORKERS": "0", **limits}
+    admit = cpu_per_request(tenth, 2 * OWNERS, *BACKGROUND, "--owners", str(OWNERS), mode="admit")
+    with serving("proxy", bench.backend_port, **settings) as server:
+        admit(server)
+        sizes_kb, costs_us = [server.rss_kb()], []
+        for _ in range(10):
+            costs_us.append(admit(server))
+            sizes_kb.append(server.rss_kb())
+    growth = (sizes_kb[-1] - sizes_kb[0]) / (10 * tenth), (sizes_kb[-1] - sizes_kb[5]) / (5 * tenth)
+    return *growth, costs_us[0], costs_us[-1]
+
+
+def rate(bench: Bench) -> list[Row]:
+    """Runs that clients create, await and fetch, 200 clients at a time, on a backend that answers at once."""
+    bench.script(chunks=WORDS)
+    requests, at_once = bench.plan.stored_requests, bench.plan.stored_at_once
+    rates: list[float] = []
+    with serving("proxy", bench.backend_port) as server:
+        flags = ("--store", server.store)
+        for _ in range(bench.plan.queue_rounds + 1):
+            rates.append(requests / load(server, "plain", requests, at_once, *BACKGROUND, *flags)["took_s"])
+    return [Row.of_rounds(f"Background runs, {at_once} clients, 8 workers, one process", "per s", rates[1:])]
 
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
@@ -268,6 +409,10 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "chain": chain,
     "save": save,
     "stored": stored,
+    "background": background,
+    "events": events,
+    "queue": queue,
+    "rate": rate,
 }
 
 
@@ -281,8 +426,8 @@ def load_command(server: Server, mode: str, count: int, concurrency: int) -> lis
     return [*command, "--count", str(count), "--concurrency", str(concurrency)]
 
 
-def load(server: Server, mode: str, count: int, concurrency: int, keep: str = "nothing") -> dict[str, Any]:
-    seen = printed([*load_command(server, mode, count, concurrency), "--keep", keep])
+def load(server: Server, mode: str, count: int, concurrency: int, *flags: str) -> dict[str, Any]:
+    seen = printed([*load_command(server, mode, count, concurrency), *flags])
     if seen["failed"]:
         raise SystemExit(f"{server.name} failed requests: {seen}")
     return seen
@@ -330,10 +475,14 @@ def child(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 @contextmanager
-def listening(command: list[str], port: int, path: str) -> Iterator[subprocess.Popen[bytes]]:
+def listening(
+    command: list[str], port: int, path: str, settings: Mapping[str, str] = NO_SETTINGS
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child that answers on `path`; what it wrote is shown if it never does."""
+    environ = {**os.environ, **{f"RESPONSES_PROXY_{name}": value for name, value in settings.items()}}
     with tempfile.TemporaryFile() as log:
-        started = subprocess.Popen([sys.executable, *command, "--port", str(port)], cwd=ROOT, stdout=log, stderr=log)
+        call = [sys.executable, *command, "--port", str(port)]
+        started = subprocess.Popen(call, cwd=ROOT, stdout=log, stderr=log, env=environ)
         with child(started) as process:
             await_answer(process, f"http://127.0.0.1:{port}{path}", log)
             yield process
@@ -351,13 +500,15 @@ def await_answer(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> 
 
 
 @contextmanager
-def serving(name: str, backend_port: int) -> Iterator[Server]:
+def serving(name: str, backend_port: int, **settings: str) -> Iterator[Server]:
+    """A server on a store of its own; `settings` are named as in the environment: SECTION__KEY."""
     port = free_port()
     command = [PROGRAMS[name], "--upstream", f"http://127.0.0.1:{backend_port}/v1"]
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        store = ["--store", f"{folder}/responses.db"] if name == "proxy" else []
-        with listening([*command, *store], port, "/healthz") as process:
-            yield Server(name, port, process)
+        file = f"{folder}/responses.db"
+        store = ["--store", file] if name == "proxy" else []
+        with listening([*command, *store], port, "/healthz", settings) as process:
+            yield Server(name, port, process, file)
 
 
 def free_port() -> int:
@@ -424,6 +575,14 @@ else that the proxy keeps of it. A file is measured after it was closed; it has 
 tables are counted. Windows are read from a warm cache, {FULL.rounds} rounds of 20 reads. CPU per saved turn is that of
 the whole process, less what it costs to make the turn, measured in the same round. The rows with `store:` are of the
 server process again, with an answer of a few words.
+
+A background turn is created, and fetched once when the file of the store says that it has ended, which costs the server
+nothing; so it is two requests and a stream from the backend, of {WORDS} chunks, beside one request and one plain answer
+or one stream. Events in the background are read live by those who asked for them; what admission and end cost is in it.
+Bounds on these ratios are of the median. The queue is filled over HTTP into a fresh server that carries nothing out,
+after {FULL.queued_runs // 10} runs that are not counted. Rows about the store's part in it are of a process without a
+server: {FULL.queued_runs} runs of {OWNERS} owners, one of whom has half of them; 200 are admitted at a time, and one is
+claimed at a time, in an order that is checked. Runs per second share the two cores with the clients and the backend.
 """
 
 

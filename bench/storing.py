@@ -1,19 +1,24 @@
-"""What the store costs by itself, as one JSON line: `bench/storing.py chain|save --folder F --rounds N`.
+"""What the store costs by itself, as one JSON line: `bench/storing.py chain|save|queue --folder F --rounds N`.
 
 `chain`: the file of one chain, and the reading of its window, at several depths. `save`: CPU of the whole process per
 saved turn, many savers at a time, less what it costs to make the turns. A turn is 2 KB of text and all else that is
-kept of it, made by the rooms that make it in the proxy.
+kept of it, made by the rooms that make it in the proxy. `queue`: CPU per admission and per claim, at the beginning
+and at the end of a long queue, whose order is checked.
 """
 
 import argparse
 import asyncio
+import random
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 import uvloop
 
@@ -22,9 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 from records import decoded, identified, new_turn  # noqa: E402 - the rooms stand one folder up
 from request import RequestLimits, echo, parse_request  # noqa: E402
+from run_verbs import NewRun, QueueLimits  # noqa: E402
 from sources import Ids  # noqa: E402
 from store import SQLiteStore, StoreSettings, open_store  # noqa: E402
 from streaming import ResponseStream, StreamPlan  # noqa: E402
+from turns import begin  # noqa: E402
 from verbs import ItemIds, NewTurn, Window  # noqa: E402
 
 DEPTHS = (10, 100, 1000)
@@ -35,6 +42,12 @@ TURNS_A_ROUND = 10
 OWNER = ""
 LIMITS = RequestLimits()
 TEXT = ("word that then some line more time here " * 26)[:1024]
+QUEUED_RUNS = 10_000
+ADMITTED_AT_ONCE = 200
+# One owner of twenty has half of the queue, so that turns are taken until the end.
+OWNERS = (["greedy"] * (QUEUED_RUNS // 2) + [f"owner {number % 19}" for number in range(QUEUED_RUNS)])[:QUEUED_RUNS]
+NO_LIMITS = QueueLimits(QUEUED_RUNS, QUEUED_RUNS)
+NEVER = 4e9
 USAGE = {"prompt_tokens": 812, "completion_tokens": 205, "total_tokens": 1017}
 MESSAGE = {"role": "assistant", "content": TEXT}
 COMPLETION = {"choices": [{"finish_reason": "stop", "index": 0, "message": MESSAGE}], "usage": USAGE}
@@ -167,7 +180,77 @@ async def saved_us(savers: list[Saver]) -> float:
     return (both - making) * 1e6 / (SAVERS * TURNS_A_ROUND)
 
 
-MEASURES = {"chain": chain, "save": save}
+# -- queue -------------------------------------------------------------------------------------------------------------
+
+
+def queued(owner: str) -> NewRun:
+    """What `background.Background` gives the store for a plain request."""
+    request = parse_request({"model": "bench", "input": "Say some words.", "background": True}, LIMITS)
+    response_id = new_id("resp")
+    response = {**begin(request, response_id, int(time.time())), "status": "queued"}
+    turn = new_turn(owner, response, identified(request.items, ItemIds(response_id)), request)
+    return NewRun(turn, msgspec.json.encode(msgspec.structs.replace(request, input=None)), time.time())
+
+
+def fair_order(runs: Iterable[NewRun]) -> list[str]:
+    """The ids as they have to be claimed: owners take turns in the order of their first, each one's in its own."""
+    lines: dict[str, deque[str]] = {}
+    for run in runs:
+        lines.setdefault(run.turn.owner, deque()).append(run.turn.id)
+    order: list[str] = []
+    while lines:
+        order += [line.popleft() for line in lines.values()]
+        lines = {owner: line for owner, line in lines.items() if line}
+    return order
+
+
+class Queue:
+    """A long queue in a file of its own."""
+
+    def __init__(self, store: SQLiteStore, runs: list[NewRun]) -> None:
+        self.store = store
+        self.runs = runs
+        self.claimed: list[str] = []
+
+    async def admit(self, start: int, end: int) -> None:
+        for at in range(start, end, ADMITTED_AT_ONCE):
+            batch = self.runs[at : min(at + ADMITTED_AT_ONCE, end)]
+            await asyncio.gather(*(self.store.admit(run, NO_LIMITS) for run in batch))
+
+    async def claim(self, start: int, end: int) -> None:
+        for _ in range(start, end):
+            self.claimed += [run.response_id for run in await self.store.claim("bench", NEVER, 1)]
+
+    async def tenths_us(self, step: Callable[[int, int], Awaitable[None]]) -> list[float]:
+        """CPU per run of a step, for each tenth of the runs."""
+        tenth = len(self.runs) // 10
+        starts = range(0, len(self.runs), tenth)
+        return [await cpu_s(partial(step, start, start + tenth)) * 1e6 / tenth for start in starts]
+
+
+async def queue(folder: Path, rounds: int) -> dict[str, Any]:
+    """The first tenth and the last, of each round; the first round warms up. A claim is a transaction of its own."""
+    seen = [await queue_us(folder / f"queue_{number}.db") for number in range(rounds + 1)]
+    names = ("early_admission_us", "late_admission_us", "early_claim_us", "late_claim_us")
+    return dict(zip(names, zip(*seen[1:], strict=True), strict=True))
+
+
+async def queue_us(file: Path) -> tuple[float, ...]:
+    owners = list(OWNERS)
+    random.Random(7).shuffle(owners)
+    store = await open_store(StoreSettings(str(file)))
+    filled = Queue(store, [queued(owner) for owner in owners])
+    try:
+        admissions = await filled.tenths_us(filled.admit)
+        claims = await filled.tenths_us(filled.claim)
+    finally:
+        await store.close()
+    if filled.claimed != fair_order(filled.runs):
+        raise SystemExit("the queue was not claimed in fair order")
+    return admissions[0], admissions[-1], claims[0], claims[-1]
+
+
+MEASURES = {"chain": chain, "save": save, "queue": queue}
 
 
 def main() -> None:
