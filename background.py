@@ -22,6 +22,7 @@ from auth import Caller
 from errors import InvalidRequest, ProxyError, StoreError
 from event_log import TRY_AGAIN_S, Logs, RunLog, persistently
 from metrics import Metrics
+from past import OwnPlace
 from records import bare_turn, decoded, identified, ignored_of, new_turn, restored
 from request import TurnRequest
 from run_verbs import Batch, Held, NewRun, QueueLimits, Run, RunStore, Stopped
@@ -277,7 +278,8 @@ class Background:
         taken = len(run.inputs) + ITEMS_AN_ATTEMPT * (run.held.generation - 1)
         begun = begin(request, run.response_id, run.created_at)
         ids = ItemIds(run.response_id, taken)
-        course = Course(begun, ids, save, first_number=run.next_number or 0, run=run.response_id)
+        place = OwnPlace(run.response_id, run.held.holder)
+        course = Course(begun, ids, save, run.next_number or 0, place)
         turn = await persistently(lambda: self._turns.prepare(asked, course))
         flushing = asyncio.create_task(run_log.flush_again_and_again())
         try:

@@ -31,9 +31,9 @@ class Leases:
         self._new_id = sources.new_id
         self._returning: set[asyncio.Task[None]] = set()
 
-    def lease(self, name: str) -> Lease:
-        """A lease that is still to be acquired."""
-        return Lease(self, Lock(name, self._new_id("lease")))
+    def lease(self, name: str, holder: str | None = None) -> Lease:
+        """A lease that is still to be acquired, by somebody new unless `holder` says who it is."""
+        return Lease(self, Lock(name, holder or self._new_id("lease")))
 
     async def give_back(self, lock: Lock, after: asyncio.Future[bool] | None = None) -> None:
         """At once, or as soon as the store can be written again; it runs out by itself in the meantime.

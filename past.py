@@ -56,6 +56,13 @@ class Patience:
     parent_s: float
 
 
+class OwnPlace(msgspec.Struct, frozen=True):
+    """Where a response stands already that is made only now, and who makes it."""
+
+    response_id: str
+    holder: str
+
+
 class Pasts:
     """Finds the past of each request."""
 
@@ -66,8 +73,8 @@ class Pasts:
         self._watcher = watcher
         self._patience = patience
 
-    async def of(self, request: TurnRequest, owner: str, run: str | None = None) -> Past:
-        """`run`: the response that stands behind its parent already, whatever has become of the parent's id.
+    async def of(self, request: TurnRequest, owner: str, place: OwnPlace | None = None) -> Past:
+        """`place`: of a response that stands behind its parent, whatever has become of the parent's id.
 
         Raises: InvalidRequest, NotFound, ConversationLocked, StillRunning, StoreError.
         """
@@ -75,10 +82,10 @@ class Pasts:
         if _is_alone(request):
             return Past(items, items, NOTHING)
         check_ids(items, "input")
-        lease = await self._lock(request, owner)
+        lease = await self._lock(request, owner, place)
         past = None
         try:
-            window = await self._ended_window(request, owner, run)
+            window = await self._ended_window(request, owner, place)
             past = await self._found(request, owner, window, lease)
         finally:
             if past is None and lease is not None:
@@ -99,15 +106,15 @@ class Pasts:
             return Past([], await self._own(items, owner), NOTHING), False
         return await self._found(request, owner, window, None), True
 
-    async def _ended_window(self, request: TurnRequest, owner: str, run: str | None) -> Window:
+    async def _ended_window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
         """Waits for a parent that runs still. Raises: StillRunning when it does so for too long."""
         parent = request.previous_response_id or ""
-        window = await self._window(request, owner, run)
+        window = await self._window(request, owner, place)
         if window.status not in UNFINISHED:
             return window
         with contextlib.suppress(TimeoutError), self._watcher.watching(parent) as watch:
             async with asyncio.timeout(self._patience.parent_s):
-                while (window := await self._window(request, owner, run)).status in UNFINISHED:
+                while (window := await self._window(request, owner, place)).status in UNFINISHED:
                     await watch.changed(LOOK_AGAIN_S)
                 return window
         raise still_running(parent)
@@ -127,19 +134,19 @@ class Pasts:
         new = await with_references(self._store, owner, items)
         return with_blob_ids(new, partial(self._seals.item_id, REASONING, owner))
 
-    async def _lock(self, request: TurnRequest, owner: str) -> Lease | None:
+    async def _lock(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Lease | None:
         """Only who adds to a conversation locks it. Raises: ConversationLocked, NotFound."""
         if not request.conversation_id or not request.is_stored:
             return None
         if await self._store.conversation(owner, request.conversation_id) is None:
             raise no_conversation(request.conversation_id, "conversation")
-        lease = self._leases.lease(conversation_lease(request.conversation_id))
+        lease = self._leases.lease(conversation_lease(request.conversation_id), place.holder if place else None)
         # In background nobody waits, and who holds the conversation gives it back.
         if await lease.acquire(math.inf if request.background else self._patience.conversation_s):
             return lease
         raise locked()
 
-    async def _window(self, request: TurnRequest, owner: str, run: str | None) -> Window:
+    async def _window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
         if request.conversation_id:
             window = await self._store.conversation_window(owner, request.conversation_id)
             if window is None:
@@ -147,10 +154,10 @@ class Pasts:
             return window
         if not request.previous_response_id:
             return NO_WINDOW
-        if run is None:
+        if place is None:
             window = await self._store.window(owner, request.previous_response_id)
         else:
-            window = await self._store.window_before(owner, run)
+            window = await self._store.window_before(owner, place.response_id)
         if window is None:
             raise cannot_continue(request.previous_response_id, "not found")
         if window.status not in CONTINUED | UNFINISHED:

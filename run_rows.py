@@ -106,6 +106,7 @@ def claim(holder: str, until_at: float, limit: int, db: sqlite3.Connection) -> l
         db.execute(SERVED, (owner,))
         ((generation, *given),) = db.execute(CLAIM, (holder, until_at, seq)).fetchall()
         db.execute("UPDATE turn SET status = 'in_progress' WHERE seq = ?", (turn,))
+        db.execute("DELETE FROM lease WHERE holder = ?", (Held(seq, generation - 1).holder,))
         response_id, created_at = db.execute("SELECT id, created_at FROM turn WHERE seq = ?", (turn,)).fetchone()
         inputs = [body for (body,) in db.execute(INPUTS, (turn * PLACES, turn * PLACES + OUTPUTS_AT - 1))]
         claimed.append(Run(Held(seq, generation), response_id, owner, created_at, inputs, *given))

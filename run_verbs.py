@@ -46,6 +46,11 @@ class Held(msgspec.Struct, frozen=True):
     run: int
     generation: int
 
+    @property
+    def holder(self) -> str:
+        """Who holds the leases that go with this claim; the next claim of the run takes them away."""
+        return f"run {self.run}.{self.generation}"
+
 
 class Run(msgspec.Struct, frozen=True):
     """A run that was claimed; `inputs` holds the JSON of its own items in order."""

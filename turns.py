@@ -19,7 +19,7 @@ from auth import Caller
 from errors import InvalidRequest, ProxyError, UpstreamBroken
 from history import HISTORY, sealable
 from leases import Leases
-from past import REASONING, Past, Pasts, Patience
+from past import REASONING, OwnPlace, Past, Pasts, Patience
 from records import identified, new_turn
 from replay import replayed
 from request import TurnRequest, echo, refuse_unused
@@ -75,14 +75,14 @@ Save = Callable[[NewTurn, list[Event]], Awaitable[bool]]
 class Course(msgspec.Struct, frozen=True):
     """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept.
 
-    `run`: the response's id, when it stands in its chain already.
+    `place`: of a response that stands in its chain already.
     """
 
     begun: Json
     item_ids: ItemIds
     save: Save | None
     first_number: int = 0
-    run: str | None = None
+    place: OwnPlace | None = None
 
 
 class _Ready(msgspec.Struct, frozen=True):
@@ -106,7 +106,7 @@ class Turns:
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
         course = course or self._own_course(asked.request)
-        past = await self._pasts.of(asked.request, asked.caller.owner, course.run)
+        past = await self._pasts.of(asked.request, asked.caller.owner, course.place)
         try:
             return self._turn(asked, past, course, await self._rendered(asked.request, past))
         except BaseException:

@@ -12,5 +12,5 @@ SEED = 20261121
 async def test_no_run_is_lost_stuck_or_wrong_when_its_process_is_killed_again_and_again(tmp_path: Path) -> None:
     plan = Plan(SEED)
     report = await campaign(plan, tmp_path)
-    print(report)
+    print(f"seed {SEED}: {report}")
     assert (dict(report.faults), report.details) == ({}, []), f"seed {SEED}"
