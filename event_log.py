@@ -137,6 +137,7 @@ class RunLog:
         return Batch(self._first, self._end, b"".join(self._waiting)) if self._waiting else None
 
     def close(self) -> None:
+        """The attempt has ended; nothing more is added."""
         self._home.newest.pop(self._run.response_id, None)
 
     async def settle(self, turn: NewTurn, closing: list[Event]) -> bool:
