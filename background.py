@@ -44,8 +44,6 @@ ASK_AGAIN_S = 0.02
 NEVER = -1
 # How often a lease is renewed before it would run out.
 RENEWALS_A_LEASE = 3
-# How many items one attempt may make, so that no two attempts give the same id.
-ITEMS_AN_ATTEMPT = 4096
 
 
 @dataclass(frozen=True)
@@ -275,11 +273,11 @@ class Background:
             raise ProxyError(f"Given up: the process that carried it out ended {run.attempt - 1} times before it did.")
         request = _request(run)
         asked = Asked(request, Caller(run.owner, self._bearer(run)))
-        taken = len(run.inputs) + ITEMS_AN_ATTEMPT * (run.held.generation - 1)
         begun = begin(request, run.response_id, run.created_at)
-        ids = ItemIds(run.response_id, taken)
+        told = run.next_number or 0
+        ids = ItemIds(run.response_id, len(run.inputs) + told)  # an item that was told took an event at least
         place = OwnPlace(run.response_id, run.held.holder)
-        course = Course(begun, ids, save, run.next_number or 0, place)
+        course = Course(begun, ids, save, told, place)
         turn = await persistently(lambda: self._turns.prepare(asked, course))
         flushing = asyncio.create_task(run_log.flush_again_and_again())
         try:

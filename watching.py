@@ -91,6 +91,7 @@ class Watcher:
             watch.tell()
 
     def tell_all(self) -> None:
+        """Everybody who waits has to look up."""
         for response_id in self._watches:
             self.tell(response_id)
 
@@ -117,8 +118,7 @@ class Watcher:
             state = states.get(response_id, GONE)
             if self._states.get(response_id) != state and response_id in self._watches:
                 self._states[response_id] = state
-                for watch in self._watches[response_id]:
-                    watch.tell()
+                self.tell(response_id)
 
 
 GONE: State = ("", None)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,19 @@ from test_proxy import Blocks, error_of, events_in
 import background
 import event_log
 import turns
+from background import Background, BackgroundSettings
 from errors import StoreError
-from store import SQLiteStore
-from streaming import ResponseStream
+from leases import Leases
+from metrics import Metrics
+from run_verbs import Held, NewRun, QueueLimits, RunStore
+from sealing import Seals
+from sources import Sources
+from store import SQLiteStore, StoreSettings, open_store
+from streaming import ReasoningSettings, ResponseStream
+from turns import Means, Turns, TurnSettings
+from upstream import Upstreams, UpstreamSettings
+from verbs import NewTurn
+from watching import Watcher
 
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}
@@ -1471,3 +1481,109 @@ async def test_a_queue_that_cannot_be_looked_after_for_a_while_goes_on(
     goes_on.set()
     for each in (first, (await created(app))["id"]):
         assert (await ended(app, each))["status"] == "completed"
+
+
+# -- when the store, the claim or the clock goes wrong in between -----------------------------------------------------
+
+
+async def test_a_claim_that_is_lost_at_the_end_gives_the_conversation_back(
+    app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was saved then, and so nothing has given the lease back yet."""
+    asked = asyncio.Event()
+
+    async def lost(store: SQLiteStore, *given: Any) -> bool:
+        asked.set()
+        return False
+
+    monkeypatch.setattr(SQLiteStore, "settle", lost)
+    backend.script(streamed("Hi"), plain())
+    conversation = await new_conversation(app)
+    await created(app, {**RUN, "conversation": conversation})
+    async with asyncio.timeout(DEADLINE_S):
+        await asked.wait()
+    assert (await foreground(app, conversation=conversation))["status"] == "completed"
+
+
+@pytest.mark.parametrize("verb", ["window_before", "acquire"])
+async def test_a_store_that_fails_while_a_run_is_begun_does_not_fail_it(
+    app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(event_log, "TRY_AGAIN_S", 0.02)
+    backend.script(plain(), streamed("Hi"))
+    parent = (await foreground(app))["id"]
+    conversation = await new_conversation(app)
+    failing = controlled(verb, monkeypatch)
+    failing.failure = UNWRITABLE
+    continued = {"previous_response_id": parent} if verb == "window_before" else {"conversation": conversation}
+    response_id = (await created(app, {**RUN, **continued}))["id"]
+    await failing.once_more("failed", 2)
+    failing.failure = None
+    assert (await ended(app, response_id))["status"] == "completed"
+
+
+async def test_the_time_that_a_save_takes_is_not_the_runs(
+    start_app: StartApp, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "TRY_AGAIN_S", 0.02)
+    monkeypatch.setattr(turns, "SAVE_S", 0.01)
+    app = await start_app(background={"run_timeout_s": 0.3})
+    settle = controlled("settle", monkeypatch)
+    settle.failure = UNWRITABLE
+    backend.script(streamed("Hi"))
+    response_id = (await created(app))["id"]
+    await settle.once_more("failed", 30)
+    settle.failure = None
+    assert (await ended(app, response_id))["status"] == "completed"
+
+
+class Queue:
+    """A queue that carries nothing out, over a store in memory, with a clock that the test sets."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self.now = 1000.0
+        sources = Sources(lambda: self.now, lambda prefix: f"{prefix}_1")
+        self.upstreams = Upstreams((UpstreamSettings(base_url="http://127.0.0.1:9/v1"),))
+        means = Means(self.upstreams, Leases(store, sources), Seals((bytes(32),)), sources, Watcher(store))
+        made = Turns(means, TurnSettings(), ReasoningSettings())
+        self.background = Background(store, made, means, BackgroundSettings(workers=0), Metrics())
+
+    async def look(self) -> list[Held]:
+        """What the other process holds after one look at the leases."""
+        await self.background._renew()
+        return await self.store.held("other")
+
+
+@pytest.fixture
+async def queue() -> AsyncIterator[Queue]:
+    store = await open_store(StoreSettings(":memory:"))
+    queue = Queue(store)
+    yield queue
+    await queue.upstreams.close()
+    await store.close()
+
+
+def queued(response_id: str) -> NewTurn:
+    own = {"id": response_id, "owner": "", "created_at": 1, "completed_at": None, "model": "m"}
+    return NewTurn(status="queued", settings=b"{}", body=b"{}", **own)
+
+
+async def claimed_by_another(queue: Queue) -> list[Held]:
+    await queue.store.admit(NewRun(queued("resp_a"), b"{}", queue.now), QueueLimits(9, 9))
+    return [run.held for run in await queue.store.claim("other", queue.now + 15, 1)]
+
+
+async def test_a_jump_of_the_clock_takes_no_run_from_a_process_that_lives(queue: Queue) -> None:
+    held = await claimed_by_another(queue)
+    queue.now += 3600
+    assert await queue.look() == held
+    await queue.store.renew_runs("other", queue.now + 15)
+    assert [await queue.look(), await queue.look()] == [held, held]
+
+
+async def test_a_lease_that_has_run_out_at_two_looks_is_ended(queue: Queue) -> None:
+    held = await claimed_by_another(queue)
+    queue.now += 16
+    assert [await queue.look(), await queue.look()] == [held, []]
+    assert (await queue.store.queue()).queued == 1

@@ -26,6 +26,7 @@ PASSTHROUGH = {"mode": "passthrough"}
 MISSING = "Missing API key: send it in the header 'Authorization: Bearer <key>'."
 INCORRECT = "Incorrect API key provided."
 HI: Json = {"model": "m", "input": "Hi"}
+RUN: Json = {**HI, "background": True}
 USER: Json = {"type": "message", "role": "user", "content": "Hi"}
 # Headers that differ from one answer to the next, whatever was asked.
 FRESH = ("x-request-id", "date")
@@ -217,6 +218,17 @@ OTHER_CASES = [
         for options in ({}, {"stream": True}, {"store": False})
     ),
 ]
+OLD_BACKGROUND_CASES = [
+    *(
+        Case("POST", "/responses", "conversation", {**RUN, "conversation": "{id}", **options})
+        for options in ({}, {"stream": True}, {"store": False})
+    ),
+    *(
+        Case("POST", "/responses", of, {**RUN, "input": [{"type": "item_reference", "id": "{id}"}], **options})
+        for of in ("input", "output", "item")
+        for options in ({}, {"stream": True})
+    ),
+]
 
 
 def unlike(given_id: str) -> str:
@@ -230,7 +242,7 @@ def test_every_route_with_an_id_is_asked_for_a_foreign_one() -> None:
     assert asked == {(method, path) for method, path in STORED_ROUTES if "{id}" in path}
 
 
-@pytest.mark.parametrize("case", ROUTE_CASES + OTHER_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ROUTE_CASES + OTHER_CASES + OLD_BACKGROUND_CASES, ids=lambda case: case.name)
 async def test_a_foreign_id_is_answered_byte_for_byte_like_an_unknown_one(
     alice: Client, bob: Client, backend: Backend, case: Case
 ) -> None:
@@ -428,7 +440,6 @@ async def test_what_clients_say_is_not_in_the_log_at_any_level(
 
 # -- background responses of another owner -----------------------------------------------------------------------------
 
-RUN: Json = {**HI, "background": True}
 BACKGROUND_CASES = [
     Case("GET", "/responses/{id}", "run"),
     Case("GET", "/responses/{id}/input_items", "run"),
@@ -447,17 +458,6 @@ BACKGROUND_CASES = [
             {"background": True, "stream": True},
             {"background": True, "store": False},
         )
-    ),
-]
-OLD_BACKGROUND_CASES = [
-    *(
-        Case("POST", "/responses", "conversation", {**RUN, "conversation": "{id}", **options})
-        for options in ({}, {"stream": True}, {"store": False})
-    ),
-    *(
-        Case("POST", "/responses", of, {**RUN, "input": [{"type": "item_reference", "id": "{id}"}], **options})
-        for of in ("input", "output", "item")
-        for options in ({}, {"stream": True})
     ),
 ]
 
@@ -496,19 +496,6 @@ async def test_a_foreign_run_is_answered_byte_for_byte_like_an_unknown_one(
     assert to_foreign.without(given_id) == to_unknown.without(unlike(given_id))
     assert (to_foreign.status, len(backend.requests)) == (case.status, asked_so_far), to_foreign.text
     assert (await alice.ask("GET", f"/v1/responses/{given_id}")).text == before.text
-
-
-@pytest.mark.parametrize("case", OLD_BACKGROUND_CASES, ids=lambda case: case.name)
-async def test_a_background_request_finds_a_foreign_id_as_little_as_an_unknown_one(
-    alice: Client, bob: Client, backend: Backend, case: Case
-) -> None:
-    foreign, own = await Belongings.of(alice), await Belongings.of(bob)
-    asked_so_far = len(backend.requests)
-    given_id = getattr(foreign, case.of)
-    to_foreign = await case.asked(bob, own, given_id)
-    to_unknown = await case.asked(bob, own, unlike(given_id))
-    assert to_foreign.without(given_id) == to_unknown.without(unlike(given_id))
-    assert (to_foreign.status, len(backend.requests)) == (case.status, asked_so_far), to_foreign.text
 
 
 async def test_a_foreign_run_is_not_waited_for(start_app: StartApp, backend: Backend) -> None:

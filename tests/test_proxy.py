@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -18,8 +20,9 @@ from controlled import controlled
 from event_grammar import check, parse
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, sse, streamed
 
+from background import Background
 from errors import StoreError
-from proxy import Application, read_body
+from proxy import Application, read_body, told_to_stop
 from settings import Settings, load_settings
 from sources import Ids
 from stored import STORED_ROUTES
@@ -855,3 +858,46 @@ async def test_a_purge_that_fails_is_logged_and_made_again(
         if record.name == "responses_proxy"
     ]
     assert (len(seen) >= 2, [each for each in seen if each != logged]) == (True, [])
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+class Stoppable:
+    """Counts how often it was told to stop."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def begin_to_stop(self) -> None:
+        self.told += 1
+
+
+@pytest.fixture
+def servers_handler() -> Iterator[list[int]]:
+    """The signals that the handler of a server was called with."""
+    before = signal.getsignal(signal.SIGTERM)
+    called: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    yield called
+    signal.signal(signal.SIGTERM, before)
+
+
+async def test_a_signal_is_told_before_the_server_ends(servers_handler: list[int]) -> None:
+    found, background = signal.getsignal(signal.SIGTERM), Stoppable()
+    with told_to_stop(cast(Background, background)):
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0)
+        assert (background.told, servers_handler) == (1, [signal.SIGTERM])
+    assert signal.getsignal(signal.SIGTERM) is found
+
+
+async def test_two_applications_that_end_out_of_order_are_both_told(servers_handler: list[int]) -> None:
+    first, second = Stoppable(), Stoppable()
+    with contextlib.ExitStack() as outer, contextlib.ExitStack() as inner:
+        outer.enter_context(told_to_stop(cast(Background, first)))
+        inner.enter_context(told_to_stop(cast(Background, second)))
+        outer.close()
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0)
+        assert (second.told, servers_handler) == (1, [signal.SIGTERM])

@@ -698,6 +698,17 @@ async def test_a_stopped_run_is_held_until_it_is_let_go(store: RunStore) -> None
     assert await store.is_held(held.run) is False
 
 
+async def test_a_second_stop_names_the_run_that_is_still_held(store: RunStore) -> None:
+    """Who cancels again waits for the backend as the first one does."""
+    held = await begin(store, queued("a"))
+    stopped = [await store.stop(OWNER, "a", NOW, NOW) for _ in range(2)]
+    assert [(each.was_running, each.run) for each in stopped if each] == [(True, held.run), (False, held.run)]
+    await store.let_go(held)
+    again = await store.stop(OWNER, "a", NOW, NOW)
+    assert again is not None
+    assert again.run is None
+
+
 async def test_a_run_that_was_not_stopped_is_not_let_go(store: RunStore) -> None:
     held = await begin(store, queued("a"))
     await store.let_go(held)
