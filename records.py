@@ -118,7 +118,7 @@ def bare_turn(owner: str, response: Json, ignored: tuple[str, ...] = ()) -> NewT
         model=response["model"],
         settings=settings,
         body=body,
-        outputs=new_items(response["output"]),
+        outputs=new_items(response["output"], begins_window=True),
         is_detached=True,
         is_brief=not response["store"],
     )
@@ -151,14 +151,14 @@ def _identified(item: Json, new_id: Callable[[str], str]) -> Json:
     return {**item, "type": kind, "id": item_id}
 
 
-def new_items(items: list[Json]) -> tuple[NewItem, ...]:
-    """What the store is given of identified items."""
-    return tuple([_new_item(item) for item in items])
+def new_items(items: list[Json], *, begins_window: bool = False) -> tuple[NewItem, ...]:
+    """What the store is given of identified items. No window begins with a client's: what it put before counts."""
+    return tuple([_new_item(item, begins_window) for item in items])
 
 
-def _new_item(item: Json) -> NewItem:
+def _new_item(item: Json, begins_window: bool) -> NewItem:
     kind = item["type"]
-    return NewItem(item["id"], orjson.dumps(item), kind not in UNLISTED, kind == "compaction")
+    return NewItem(item["id"], orjson.dumps(item), kind not in UNLISTED, begins_window and kind == "compaction")
 
 
 # -- as the routes show it ---------------------------------------------------------------------------------------------
