@@ -51,6 +51,9 @@ AT_OR_ABOVE = """SELECT seq, thread, depth, status FROM turn WHERE thread = ? AN
     ORDER BY depth DESC LIMIT 1"""
 NEWEST_COMPACTION = f"""SELECT depth, seq * {PLACES} + compaction FROM turn
     WHERE thread = ? AND depth <= ? AND compaction IS NOT NULL ORDER BY depth DESC LIMIT 1"""
+# What a window tells of its newest turn.
+TOLD = """SELECT turn.body, coalesce(settings.model, ''), turn.ahead FROM turn
+    LEFT JOIN settings ON settings.seq = turn.settings WHERE turn.seq = ?"""
 THREAD = "SELECT parent, parent_depth, is_conversation FROM thread WHERE seq = ?"
 # Items of a span in the order of the chain; no sorting, because seq grows with depth, and from parent to child thread.
 ITEMS = f"""SELECT item.seq, item.body FROM turn CROSS JOIN item
@@ -102,15 +105,16 @@ def _end_before(db: sqlite3.Connection, place: Place) -> tuple[int | None, int]:
 
 
 def _window(db: sqlite3.Connection, place: Place) -> Window:
+    told = db.execute(TOLD, (place.seq,)).fetchone()
     if place.status not in CONTINUED:
-        return Window(place.status, [], 0)
+        return Window(place.status, [], 0, *told)
     rows: list[tuple[int, bytes]] = []
     for span in _spans(db, place.thread, place.depth):
         rows += db.execute(ITEMS_IN["asc"], (*span, COMPACTION, -1))
     newest = len(rows)
     while newest and rows[newest - 1][0] >= place.seq * PLACES:
         newest -= 1
-    return Window(place.status, [body for _, body in rows], newest)
+    return Window(place.status, [body for _, body in rows], newest, *told)
 
 
 class _Kept(NamedTuple):
@@ -292,6 +296,10 @@ def first_use(owner: str, key: str, now: float, db: sqlite3.Connection) -> tuple
         WHERE first_use.owner = ? AND key = ? AND until_at > ? AND turn.deleted_at IS NULL"""
     found: tuple[bytes, str] | None = db.execute(query, (owner, key, now)).fetchone()
     return found
+
+
+def learned(db: sqlite3.Connection) -> dict[str, bytes]:
+    return dict(db.execute("SELECT name, value FROM learned").fetchall())
 
 
 def problems(db: sqlite3.Connection) -> list[str]:

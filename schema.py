@@ -74,6 +74,12 @@ SCHEMA_1 = (
         owner TEXT, key TEXT, digest BLOB NOT NULL, response TEXT NOT NULL, until_at INTEGER NOT NULL,
         PRIMARY KEY (owner, key)) WITHOUT ROWID""",
 )
+SCHEMA_3 = (
+    # Stands for the window that ends with the turn.
+    "ALTER TABLE turn ADD COLUMN ahead BLOB",
+    # About models; nobody's own.
+    "CREATE TABLE learned (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+)
 
 
 def _create(db: sqlite3.Connection) -> None:
@@ -81,8 +87,13 @@ def _create(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _add_ahead(db: sqlite3.Connection) -> None:
+    for statement in SCHEMA_3:
+        db.execute(statement)
+
+
 # The function at index n brings a file from version n to n + 1 (PRAGMA user_version).
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create, add_runs)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create, add_runs, _add_ahead)
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:

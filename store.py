@@ -19,17 +19,7 @@ from errors import StoreError
 from lanes import DatabaseThread, Lane, read_all, store_error, write_all
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
 from schema import migrate, use_wal
-from verbs import (
-    Conversation,
-    KeptResponse,
-    Listed,
-    Lock,
-    NewItem,
-    NewTurn,
-    Page,
-    Purged,
-    Window,
-)
+from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
 T = TypeVar("T")
 
@@ -119,6 +109,9 @@ class SQLiteStore:
     async def window_before(self, owner: str, response_id: str) -> Window | None:
         return await self._reader.do(partial(reads.window_before, owner, response_id))
 
+    async def keep_ahead(self, owner: str, response_id: str, blob: bytes) -> bool:
+        return await self._writer.do(partial(writes.keep_ahead, owner, response_id, blob))
+
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:
         return await self._reader.do(partial(reads.input_items, owner, response_id, page))
 
@@ -166,6 +159,12 @@ class SQLiteStore:
 
     async def secret(self, name: str) -> bytes:
         return await self._writer.do(partial(writes.secret, name))
+
+    async def learned(self) -> dict[str, bytes]:
+        return await self._reader.do(reads.learned)
+
+    async def keep_learned(self, facts: dict[str, bytes]) -> None:
+        await self._writer.do(partial(writes.keep_learned, facts))
 
     async def purge(self, before_at: float, now: float) -> Purged:
         responses = freed_bytes = 0

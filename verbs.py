@@ -86,12 +86,16 @@ class KeptResponse(msgspec.Struct, frozen=True):
 class Window(msgspec.Struct, frozen=True):
     """The items from the newest compaction item on, oldest first, as JSON.
 
-    `status` is that of the newest turn, whose items begin at index `newest`.
+    `status`, `body` and `model` are the newest turn's, whose items begin at index `newest`; what a client put into a
+    conversation has no body and no model. `ahead` is what was kept to stand for all the items.
     """
 
     status: str
     items: list[bytes]
     newest: int
+    body: bytes = b""
+    model: str = ""
+    ahead: bytes | None = None
 
 
 class Conversation(msgspec.Struct, frozen=True):
@@ -153,6 +157,12 @@ class Store(Protocol):
     async def window_before(self, owner: str, response_id: str) -> Window | None:
         """What this response itself began with, whether or not the response before it was deleted."""
 
+    async def keep_ahead(self, owner: str, response_id: str, blob: bytes) -> bool:
+        """Keeps what stands for the window of this response; whether anything can continue it.
+
+        It goes with the response, with its conversation, and with any item that is taken out of that.
+        """
+
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:
         """The listed items that the model was given for this response: earlier turns of its window, its own input.
 
@@ -206,6 +216,11 @@ class Store(Protocol):
 
     async def secret(self, name: str) -> bytes:
         """32 random bytes, the same for everybody who shares this store, made at the first call."""
+
+    async def learned(self) -> dict[str, bytes]:
+        """What was learned about models, by name: the same for everybody who shares this store."""
+
+    async def keep_learned(self, facts: dict[str, bytes]) -> None: ...
 
     async def purge(self, before_at: float, now: float) -> Purged:
         """Makes responses older than `before_at` unknown, unless a conversation holds them, and gives space back."""

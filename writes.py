@@ -38,6 +38,12 @@ PARENT = """SELECT turn.seq, turn.thread, turn.depth, turn.status, thread.is_con
 NEW_COMPACTION = f"""UPDATE turn SET compaction = (SELECT max(item.seq) - turn.seq * {PLACES} FROM item
     WHERE item.seq BETWEEN turn.seq * {PLACES} AND turn.seq * {PLACES} + {PLACES - 1}
     AND item.kind = {COMPACTION} AND NOT item.is_removed) WHERE seq = ?"""
+KEEP_AHEAD = """UPDATE turn SET ahead = ? WHERE id = ? AND owner = ? AND deleted_at IS NULL AND lives_until IS NULL
+    AND status IN ('completed', 'incomplete')"""
+# Of all windows that reach this thread: forks, and forks of forks, begin with items of it.
+ERASE_AHEAD = """WITH RECURSIVE line (thread) AS (VALUES (?) UNION ALL
+    SELECT thread.seq FROM line JOIN thread ON thread.parent = line.thread)
+    UPDATE turn SET ahead = NULL WHERE thread IN line AND ahead IS NOT NULL"""
 RELEASE = "DELETE FROM lease WHERE name = ? AND holder = ?"
 IS_HELD_AT = "SELECT 1 FROM lease WHERE name = ? AND until_at > ?"
 
@@ -120,6 +126,10 @@ def _kind(item: NewItem) -> int:
     return COMPACTION if item.is_compaction else LISTED if item.is_listed else UNLISTED
 
 
+def keep_ahead(owner: str, response_id: str, blob: bytes, db: sqlite3.Connection) -> bool:
+    return db.execute(KEEP_AHEAD, (blob, response_id, owner)).rowcount > 0
+
+
 def _append(db: sqlite3.Connection, owner: str, thread: int, items: tuple[NewItem, ...], now: float) -> None:
     newest = db.execute(NEWEST, (thread,)).fetchone()
     depth = newest[2] + 1 if newest else 0
@@ -176,6 +186,7 @@ def delete_conversation_item(
     else:
         db.execute("DELETE FROM item_id WHERE id = ? AND item = ?", (item_id, found.seq))
         db.execute("DELETE FROM item WHERE seq = ?", (found.seq,))
+    db.execute(ERASE_AHEAD, (found.thread,))
     if found.kind == COMPACTION:
         db.execute(NEW_COMPACTION, (found.seq // PLACES,))
     return True
@@ -199,6 +210,10 @@ def release(lock: Lock, db: sqlite3.Connection) -> None:
 def secret(name: str, db: sqlite3.Connection) -> bytes:
     db.execute("INSERT OR IGNORE INTO secret VALUES (?, randomblob(32))", (name,))
     return bytes(db.execute("SELECT value FROM secret WHERE name = ?", (name,)).fetchone()[0])
+
+
+def keep_learned(facts: dict[str, bytes], db: sqlite3.Connection) -> None:
+    db.executemany("INSERT OR REPLACE INTO learned VALUES (?,?)", facts.items())
 
 
 # -- deleting ----------------------------------------------------------------------------------------------------------
@@ -230,6 +245,7 @@ def delete_conversation(owner: str, conversation_id: str, now: float, db: sqlite
     db.execute("UPDATE thread SET is_conversation = 0 WHERE seq = ?", (thread,))
     db.execute("UPDATE turn SET deleted_at = ? WHERE thread = ? AND id IS NULL", (int(now), thread))
     db.execute("UPDATE turn SET ages_from = ? WHERE thread = ? AND id IS NOT NULL", (int(now), thread))
+    db.execute(ERASE_AHEAD, (thread,))
     _prune(db, thread)
     return True
 
@@ -239,7 +255,7 @@ def forget(db: sqlite3.Connection, turns: list[tuple[int, int]], now: float) -> 
     for seq, _ in turns:
         stop_run(seq, db)
         erase_log(seq, db)
-    db.executemany("UPDATE turn SET deleted_at = ? WHERE seq = ?", [(int(now), seq) for seq, _ in turns])
+    db.executemany("UPDATE turn SET deleted_at = ?, ahead = NULL WHERE seq = ?", [(int(now), seq) for seq, _ in turns])
     for thread in {thread for _, thread in turns}:
         _prune(db, thread)
 

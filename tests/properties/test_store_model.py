@@ -44,6 +44,7 @@ class Node:
     is_living: bool = True
     ages_from: float = 0.0
     removed: set[int] = field(default_factory=set)
+    ahead: bytes | None = None
 
     @property
     def line(self) -> list[Node]:
@@ -66,10 +67,14 @@ def window_of(node: Node | None) -> list[NewItem]:
     return items[newest:]
 
 
-def newest_in(node: Node) -> int:
-    """Where the node's own items begin in its window."""
+def told(node: Node | None) -> Window:
+    """The window that ends with a node, and what it tells of the node."""
+    if node is None:
+        return Window("completed", [], 0)
     window = window_of(node)
-    return max(0, len(window) - len(node.shown))
+    newest = max(0, len(window) - len(node.shown))
+    own = (node.saved.body, node.saved.model) if node.saved else (b"", "")
+    return Window("completed", bodies(window), newest, *own, node.ahead)
 
 
 def given_to(node: Node) -> list[NewItem]:
@@ -210,6 +215,25 @@ class StoreMachine(RuleBasedStateMachine):
         for node in nodes:
             places = {p for p, item in enumerate(node.items) if item.id == item_id and p not in node.removed}
             node.removed |= places
+        self.forget_ahead(nodes)
+
+    def forget_ahead(self, nodes: list[Node]) -> None:
+        """Whatever began with one of them."""
+        for node in self.nodes:
+            if any(each in nodes for each in node.line):
+                node.ahead = None
+
+    @precondition(lambda self: any(node.saved for node in self.nodes))
+    @rule(number=number)
+    def keep_ahead(self, number: int) -> None:
+        nodes = [node for node in self.nodes if node.saved]
+        node = nodes[number % len(nodes)]
+        assert node.saved is not None
+        blob = b"ahead %d" % next(self.numbers) * (1 + number % 3 * 3000)
+        is_open = node.is_living and not node.saved.is_detached
+        assert self.run(self.store.keep_ahead(node.owner, node.saved.id, blob)) is is_open
+        if is_open:
+            node.ahead = blob
 
     @precondition(lambda self: self.living)
     @rule(number=number)
@@ -217,7 +241,11 @@ class StoreMachine(RuleBasedStateMachine):
         node = self.living[number % len(self.living)]
         assert node.saved is not None
         assert self.run(self.store.delete_response(node.owner, node.saved.id, NOW)) is True
+        self.bury(node)
+
+    def bury(self, node: Node) -> None:
         node.is_living = False
+        node.ahead = None
 
     @precondition(lambda self: self.talks)
     @rule(number=number)
@@ -227,6 +255,7 @@ class StoreMachine(RuleBasedStateMachine):
         for node in nodes:
             node.is_living = node.is_living and node.saved is not None
             node.ages_from = NOW
+        self.forget_ahead(nodes)
         del self.talks[name]
 
     @precondition(lambda self: self.living)
@@ -236,7 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
         old = [n for n in self.living if n.saved and n.ages_from < before_at and not self.held(n)]
         assert self.run(self.store.purge(before_at, NOW)).responses == len(old)
         for node in old:
-            node.is_living = False
+            self.bury(node)
 
     # -- what is read
 
@@ -265,8 +294,8 @@ class StoreMachine(RuleBasedStateMachine):
         )
         assert await self.store.response(node.owner, turn.id) == kept
         if not turn.is_detached:
-            expected = Window("completed", bodies(window_of(node)), newest_in(node))
-            assert await self.store.window(node.owner, turn.id) == expected
+            assert await self.store.window(node.owner, turn.id) == told(node)
+        assert await self.store.window_before(node.owner, turn.id) == told(node.parent)
 
         async def give(page: Page) -> Listed[bytes] | None:
             return await self.store.input_items(node.owner, turn.id, page)
@@ -276,10 +305,7 @@ class StoreMachine(RuleBasedStateMachine):
     async def check_conversation(
         self, name: str, owner: str, nodes: list[Node], limit: int, order: Literal["asc", "desc"]
     ) -> None:
-        window = await self.store.conversation_window(owner, name)
-        assert window is not None
-        assert window.items == bodies(window_of(nodes[-1] if nodes else None))
-        assert window.newest == (newest_in(nodes[-1]) if nodes else 0)
+        assert await self.store.conversation_window(owner, name) == told(nodes[-1] if nodes else None)
 
         async def give(page: Page) -> Listed[bytes] | None:
             return await self.store.conversation_items(owner, name, page)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Store
+from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Store, Window
 
 OWNER, STRANGER = "owner", "stranger"
 NOW = 10_000.0
@@ -74,6 +74,11 @@ def kept(saved: NewTurn) -> KeptResponse:
         body=saved.body,
         outputs=[item.body for item in saved.outputs],
     )
+
+
+def window_of(newest: NewTurn, items: list[bytes], start: int = 0, ahead: bytes | None = None) -> Window:
+    """What a window has to say whose newest turn, as it was saved, begins at an index."""
+    return Window(newest.status, items, start, newest.body, newest.model, ahead)
 
 
 def conversation(conversation_id: str = "conv", metadata: bytes = b"{}") -> Conversation:

@@ -62,6 +62,7 @@ from store_builders import (
     save_chain,
     turn,
     window_ids,
+    window_of,
 )
 
 from errors import ConversationLocked, InvalidRequest, NotFound, ProxyError, QueueFull, StillRunning, StoreError
@@ -117,9 +118,36 @@ async def test_an_admitted_response_is_its_owners_only(store: RunStore) -> None:
 
 async def test_the_window_of_an_unfinished_response_has_its_status_and_no_items(store: RunStore) -> None:
     await admit(store, queued("a"))
-    assert await store.window(OWNER, "a") == Window("queued", [], 0)
+    assert await store.window(OWNER, "a") == window_of(queued("a"), [])
     await claim_one(store, "a")
-    assert await store.window(OWNER, "a") == Window("in_progress", [], 0)
+    assert await store.window(OWNER, "a") == window_of(queued("a", status="in_progress"), [])
+
+
+async def test_nothing_is_kept_ahead_of_a_response_before_it_has_ended(store: RunStore) -> None:
+    await admit(store, queued("a"))
+    found = [await store.keep_ahead(OWNER, "a", b"queued")]
+    held = await claim_one(store, "a")
+    found.append(await store.keep_ahead(OWNER, "a", b"in progress"))
+    await store.settle(held, ending(turn("a")))
+    found.append(await store.keep_ahead(OWNER, "a", b"ended"))
+    assert found == [False, False, True]
+    assert await store.window(OWNER, "a") == window_of(
+        turn("a"), [message(item_id).body for item_id in both_of("a")], ahead=b"ended"
+    )
+
+
+async def test_nothing_is_kept_ahead_of_a_brief_response(store: RunStore) -> None:
+    await store.settle(await begin(store, brief("a")), ending(turn("a")))
+    assert await status_of(store, "a") == "completed"
+    assert await store.keep_ahead(OWNER, "a", b"ahead") is False
+
+
+async def test_a_run_begins_with_what_was_kept_ahead_of_its_parent(store: RunStore) -> None:
+    await save_chain(store, "a")
+    await store.keep_ahead(OWNER, "a", b"ahead")
+    await admit(store, queued("b", "a"), brief("c", "a"))
+    found = [await store.window_before(OWNER, turn_id) for turn_id in "bc"]
+    assert [window and window.ahead for window in found] == [b"ahead", b"ahead"]
 
 
 async def test_an_admitted_run_is_shown_to_people(store: RunStore) -> None:
@@ -426,9 +454,10 @@ async def test_the_end_of_another_run_wakes_nobody(store: RunStore) -> None:
 async def test_a_child_is_woken_when_its_parent_fails(store: RunStore) -> None:
     held = await begin(store, queued("a"))
     await admit(store, queued("b", "a"))
-    await store.settle(held, ending(failed("a", outputs=())))
+    oops = failed("a", outputs=())
+    await store.settle(held, ending(oops))
     assert await claim_ids(store) == ["b"]
-    assert await store.window(OWNER, "a") == Window("failed", [], 0)
+    assert await store.window(OWNER, "a") == window_of(oops, [])
 
 
 @pytest.mark.parametrize("is_claimed", [False, True])
@@ -1097,7 +1126,7 @@ async def test_a_failure_keeps_the_inputs_that_were_admitted(store: RunStore) ->
     assert await store.settle(held, ending(oops)) is True
     assert await store.response(OWNER, "b") == msgspec.structs.replace(kept(oops), previous_id="a")
     assert await input_ids(store, "b") == ["a.in", "a.out", "b.in"]
-    assert await store.window(OWNER, "b") == Window("failed", [], 0)
+    assert await store.window(OWNER, "b") == window_of(oops, [])
 
 
 async def test_a_chain_goes_on_from_a_run_that_ended(store: RunStore) -> None:
@@ -1164,7 +1193,7 @@ async def test_what_a_run_began_with_is_its_owners_and_nothing_for_a_first_turn(
 async def test_a_run_whose_parent_runs_still_began_with_what_is_not_there_yet(store: RunStore) -> None:
     await save_chain(store, "z")
     await admit(store, queued("a", "z"), queued("b", "a"))
-    assert await store.window_before(OWNER, "b") == Window("queued", [], 0)
+    assert await store.window_before(OWNER, "b") == window_of(queued("a"), [])
     await store.settle(await claim_one(store, "a"), ending(turn("a")))
     assert await store.window_before(OWNER, "b") == await store.window(OWNER, "a")
 
@@ -1362,7 +1391,7 @@ async def test_a_held_run_is_cancelled_and_its_holder_has_to_let_go(store: RunSt
     assert await cancel(store, "a") == Stopped(kept(queued("a", status="cancelled")), True, first.run)
     assert await store.held("me") == [second]
     assert await run_ids(store) == ["b"]
-    assert await store.window(OWNER, "a") == Window("cancelled", [], 0)
+    assert await store.window(OWNER, "a") == window_of(queued("a", status="cancelled"), [])
     assert await input_ids(store, "a") == ["a.in"]
 
 

@@ -69,7 +69,7 @@ async def everything(store: Store) -> list[Any]:
     found += [await store.window(OWNER, each) for each in turns]
     found += [await store.input_items(OWNER, each, ALL_ASC) for each in turns]
     found += [await store.conversation_items(OWNER, "conv", ALL_ASC), await store.conversation_window(OWNER, "conv")]
-    found += [await store.first_use(OWNER, "key", NOW), await store.secret("one")]
+    found += [await store.first_use(OWNER, "key", NOW), await store.secret("one"), await store.learned()]
     return found
 
 
@@ -87,6 +87,8 @@ async def fill(store: Store) -> None:
 async def test_what_was_saved_is_there_after_reopening(open_at: OpenStore) -> None:
     store = await open_at()
     await fill(store)
+    assert await store.keep_ahead(OWNER, "d", b"ahead") is True
+    await store.keep_learned({"m": b"1"})
     before = await everything(store)
     await store.close()
     store = await open_at()
@@ -512,6 +514,43 @@ async def test_what_was_deleted_is_nowhere_in_the_file(open_at: OpenStore, store
     assert [content in after for content in secret] == [False] * 6
 
 
+async def delete_tip(store: Store) -> None:
+    await save_chain(store, "child", after="b")
+    await store.delete_response(OWNER, "b", NOW)
+
+
+# How what is kept ahead of the responses a, b and fork goes -> of which of them.
+ERASE: dict[str, tuple[Callable[[Store], Awaitable[Any]], set[str]]] = {
+    "its response": (delete_tip, {"b"}),
+    "its conversation": (lambda s: s.delete_conversation(OWNER, "conv", NOW), {"a", "b", "fork"}),
+    "an item": (lambda s: s.delete_conversation_item(OWNER, "conv", "c.1", NOW), {"a", "b", "fork"}),
+    "a new one": (lambda s: s.keep_ahead(OWNER, "b", b"anew"), {"b"}),
+    "retention": (lambda s: s.purge(2000, NOW), {"fork"}),
+}
+
+
+@pytest.mark.parametrize("size_bytes", [100, 50_000])
+@pytest.mark.parametrize("how", sorted(ERASE))
+async def test_what_was_kept_ahead_is_nowhere_in_the_file_when_it_has_gone(
+    open_at: OpenStore, store_path: Path, how: str, size_bytes: int
+) -> None:
+    erase, gone = ERASE[how]
+    store = await open_at()
+    await store.create_conversation(OWNER, conversation("conv"), (message("c.1"),))
+    await save_all(store, turn("a", conversation_id="conv"), turn("b", conversation_id="conv"), turn("fork", "a"))
+    secrets = {turn_id: b"ahead of %b, and no other" % turn_id.encode() for turn_id in ("a", "b", "fork")}
+    for turn_id, content in secrets.items():
+        assert await store.keep_ahead(OWNER, turn_id, content.ljust(size_bytes, b"?")) is True
+    await store.close()
+    before = files_in(store_path.parent)[store_path.name]
+    assert {turn_id for turn_id, content in secrets.items() if content in before} == set(secrets)
+    store = await open_at()
+    await erase(store)
+    await store.close()
+    after = files_in(store_path.parent)[store_path.name]
+    assert {turn_id for turn_id, content in secrets.items() if content not in after} == gone
+
+
 async def test_a_purge_leaves_no_rows_and_gives_the_space_back(open_at: OpenStore, store_path: Path) -> None:
     store = await open_at()
     for number in range(60):
@@ -567,6 +606,8 @@ WRITES: dict[str, Callable[[Store], Awaitable[Any]]] = {
     "acquire": lambda s: s.acquire(Lock("new", "me"), NOW, NOW + 60),
     "renew": lambda s: s.renew(LEASE, NOW + 90),
     "release": lambda s: s.release(LEASE),
+    "keep_ahead": lambda s: s.keep_ahead(OWNER, "d", b"ahead"),
+    "keep_learned": lambda s: s.keep_learned({"m": b"1"}),
     "secret": lambda s: s.secret("new"),
     "purge": lambda s: s.purge(NOW, NOW),
 }
@@ -650,34 +691,46 @@ async def test_a_page_beyond_the_end_is_empty(open_at: OpenStore) -> None:
     assert await store.input_items(OWNER, "a", Page(after="a.in")) == Listed([], False)
 
 
-# -- files of version 1, which had no background runs ------------------------------------------------------------------
-
-OLD_TABLES = (*TABLES, "conversation", "lease", "first_use", "secret")
+# -- files of older versions: 1 had no background runs, 2 kept nothing ahead -------------------------------------------
 
 
-def make_version_1(path: Path, filled: Path) -> None:
-    """A file with the tables of version 1, and the rows of a filled one of today."""
+def tables_in(connection: sqlite3.Connection) -> list[str]:
+    """In the order in which they were made."""
+    found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+    return [name for (name,) in found]
+
+
+def make_old(path: Path, version: int, filled: Path) -> None:
+    """A file with the tables of an old version, and the rows of a filled one of today."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(f"PRAGMA page_size = {schema.PAGE_BYTES}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        schema.MIGRATIONS[0](connection)
+        for migration in schema.MIGRATIONS[:version]:
+            migration(connection)
         connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute(f"PRAGMA user_version = {version}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("ATTACH ? AS filled", (str(filled),))
-        for table in OLD_TABLES:
+        for table in tables_in(connection):
             names = ", ".join(row[1] for row in connection.execute(f"PRAGMA main.table_info({table})"))
+            connection.execute(f"DELETE FROM main.{table}")  # what triggers put there
             connection.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM filled.{table}")
 
 
+@pytest.fixture(params=[1, 2])
+def version(request: pytest.FixtureRequest) -> int:
+    number: int = request.param
+    return number
+
+
 @pytest.fixture
-async def before(open_at: OpenStore, store_path: Path, tmp_path: Path) -> list[Any]:
-    """What a store said whose rows stand in a file of version 1 now, at the path of the test."""
+async def before(open_at: OpenStore, store_path: Path, tmp_path: Path, version: int) -> list[Any]:
+    """What a store said whose rows stand in a file of an old version now, at the path of the test."""
     store = await open_at(path=str(tmp_path / "filled.db"))
     await fill(store)
     found = await everything(store)
     await store.close()
-    make_version_1(store_path, tmp_path / "filled.db")
+    make_old(store_path, version, tmp_path / "filled.db")
     return found
 
 
@@ -689,15 +742,15 @@ def schema_of(path: Path) -> tuple[int, set[tuple[str, str]]]:
     return version, set(made)
 
 
-def rows_of_version_1(path: Path) -> dict[str, list[Any]]:
+def all_rows(path: Path) -> dict[str, list[Any]]:
     with closing(sqlite3.connect(path)) as connection:
-        return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in OLD_TABLES}
+        return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables_in(connection)}
 
 
 async def test_an_old_file_is_opened_and_keeps_everything(
-    open_at: OpenStore, store_path: Path, before: list[Any]
+    open_at: OpenStore, store_path: Path, version: int, before: list[Any]
 ) -> None:
-    assert schema_of(store_path)[0] == 1
+    assert schema_of(store_path)[0] == version
     store = await open_at()
     assert await everything(store) == before
     await save_chain(store, "e", after="d")
@@ -747,55 +800,78 @@ async def test_many_open_an_old_file_at_once(open_at: OpenStore, store_path: Pat
     assert await stores[0].problems() == []
 
 
+async def test_an_old_file_takes_what_is_kept_ahead_and_what_is_learned(
+    open_at: OpenStore, store_path: Path, before: list[Any]
+) -> None:
+    store = await open_at()
+    assert await store.keep_ahead(OWNER, "d", b"ahead") is True
+    await store.keep_learned({"m": b"1"})
+    window = await store.window(OWNER, "d")
+    assert window is not None
+    assert (window.model, window.body, window.ahead) == ("m", turn("d").body, b"ahead")
+    assert await store.learned() == {"m": b"1"}
+
+
+async def test_runs_of_version_2_are_carried_out_to_their_end(
+    open_at: OpenRunStore, store_path: Path, tmp_path: Path
+) -> None:
+    filled = await open_at(path=str(tmp_path / "filled.db"))
+    await admit(filled, queued("a"), queued("b"), queued("c"), batch=batch(0, 2))
+    (held,) = [run.held for run in await claim(filled, 1)]
+    before = await filled.runs(), await filled.queue()
+    await filled.close()
+    make_old(store_path, 2, tmp_path / "filled.db")
+    store = await open_at()
+    assert (await store.runs(), await store.queue()) == before
+    assert await store.settle(held, ending(turn("a"))) is True
+    assert [run.response_id for run in await claim(store)] == ["b", "c"]
+    assert [await all_events(store, turn_id) for turn_id in "abc"] == [numbered(0, 1)] * 3
+    assert await store.problems() == []
+
+
 DIES = """
 import os, sqlite3, sys
-import run_tables, schema
+import schema
 
 class Dying:
     def __init__(self, db, statements):
         self.db, self.left = db, statements
 
-    def execute(self, *given):
-        if self.left == 0:
+    def execute(self, statement):
+        if self.left == 0 or statement == "COMMIT":
             os._exit(9)
         self.left -= 1
-        return self.db.execute(*given)
+        return self.db.execute(statement)
 
-def dying(db):
-    run_tables.add_runs(Dying(db, int(sys.argv[2])))
-    os._exit(9)
-
-schema.MIGRATIONS = (schema.MIGRATIONS[0], dying)
-schema.migrate(sqlite3.connect(sys.argv[1], isolation_level=None), sys.argv[1])
+schema.migrate(Dying(sqlite3.connect(sys.argv[1], isolation_level=None), int(sys.argv[2])), sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("statements", [0, 1, 7, 1000])
+@pytest.mark.parametrize("statements", [0, 4, 8, 12, 25, 1000])
 async def test_a_process_that_dies_while_it_brings_an_old_file_up_to_date_leaves_it_as_it_was(
     open_at: OpenStore, store_path: Path, before: list[Any], statements: int
 ) -> None:
     """`statements`: after how many of them."""
-    as_it_was = schema_of(store_path), rows_of_version_1(store_path)
+    as_it_was = schema_of(store_path), all_rows(store_path)
     command = [sys.executable, "-c", DIES, str(store_path), str(statements)]
     root = {"PYTHONPATH": str(Path(schema.__file__).parent)}
     died = await asyncio.to_thread(subprocess.run, command, env=os.environ | root, timeout=DEADLINE_S)
     assert died.returncode == 9
-    assert (schema_of(store_path), rows_of_version_1(store_path)) == as_it_was
+    assert (schema_of(store_path), all_rows(store_path)) == as_it_was
     assert await everything(await open_at()) == before
 
 
 async def test_a_fault_while_an_old_file_is_brought_up_to_date_leaves_it_as_it_was(
     open_at: OpenStore, store_path: Path, before: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_it_was = schema_of(store_path), rows_of_version_1(store_path)
+    as_it_was = schema_of(store_path), all_rows(store_path)
 
     def fail(db: sqlite3.Connection) -> None:
-        schema.add_runs(db)
         db.execute("SELECT * FROM nowhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], fail))
+        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, fail))
         with pytest.raises(StoreError):
             await open_at()
-    assert (schema_of(store_path), rows_of_version_1(store_path)) == as_it_was
+    assert (schema_of(store_path), all_rows(store_path)) == as_it_was
     assert await everything(await open_at()) == before

@@ -34,6 +34,7 @@ from store_builders import (
     walk,
     walk_back,
     window_ids,
+    window_of,
 )
 
 from errors import ConversationLocked, InvalidRequest, NotFound, ProxyError, StoreError
@@ -76,7 +77,7 @@ async def test_a_response_without_items_is_given_back_whole(store: Store) -> Non
     saved = turn("a", inputs=(), outputs=(), completed_at=None, status="incomplete", settings=b"{}", body=b"{}")
     await store.save(saved)
     assert await store.response(OWNER, "a") == kept(saved)
-    assert await store.window(OWNER, "a") == Window("incomplete", [], 0)
+    assert await store.window(OWNER, "a") == window_of(saved, [])
     assert await store.input_items(OWNER, "a", ALL_ASC) == Listed([], False)
 
 
@@ -86,7 +87,7 @@ async def test_bytes_are_kept_as_they_are(store: Store) -> None:
     saved = turn("x", inputs=(item,), settings=b' {"b":1,"a":2}', body=b'{"z":[ ]}')
     await store.save(saved)
     assert await store.response(OWNER, "x") == kept(saved)
-    assert await store.window(OWNER, "x") == Window("completed", [odd, saved.outputs[0].body], 0)
+    assert await store.window(OWNER, "x") == window_of(saved, [odd, saved.outputs[0].body])
     assert await store.items(OWNER, ["x.in"]) == {"x.in": odd}
 
 
@@ -155,9 +156,25 @@ async def test_a_window_is_the_whole_chain_oldest_first(store: Store) -> None:
     turns = [turn("a"), turn("b", "a"), turn("c", "b", status="incomplete")]
     await save_all(store, *turns)
     items = [item.body for each in turns for item in (*each.inputs, *each.outputs)]
-    assert await store.window(OWNER, "a") == Window("completed", items[:2], 0)
-    assert await store.window(OWNER, "b") == Window("completed", items[:4], 2)
-    assert await store.window(OWNER, "c") == Window("incomplete", items, 4)
+    assert await store.window(OWNER, "a") == window_of(turns[0], items[:2])
+    assert await store.window(OWNER, "b") == window_of(turns[1], items[:4], 2)
+    assert await store.window(OWNER, "c") == window_of(turns[2], items, 4)
+
+
+async def test_a_window_tells_the_model_and_the_body_of_its_newest_turn(store: Store) -> None:
+    turns = [turn("a", model="one"), turn("b", "a", model="two", settings=b'{"n":2}')]
+    await save_all(store, *turns, turn("c", "a", model="three"), turn("d", "b"))
+    found = [await store.window(OWNER, turn_id) for turn_id in "ab"]
+    assert found == [await store.window_before(OWNER, turn_id) for turn_id in "cd"]
+    assert [(window.model, window.body) for window in found if window] == [
+        ("one", turns[0].body),
+        ("two", turns[1].body),
+    ]
+
+
+async def test_nothing_is_told_of_a_turn_before_the_first_one(store: Store) -> None:
+    await save_chain(store, "a")
+    assert await store.window_before(OWNER, "a") == Window("completed", [], 0, b"", "", None)
 
 
 async def test_a_window_has_the_items_that_input_items_does_not_show(store: Store) -> None:
@@ -214,13 +231,11 @@ async def test_a_long_line_of_forks_is_one_window(store: Store) -> None:
 
 async def test_a_window_begins_with_a_compaction_in_the_output(store: Store) -> None:
     await save_chain(store, "a", "b")
-    await store.save(turn("c", "b", outputs=(message("c.out"), compaction("c.short"), message("c.more"))))
-    await store.save(turn("d", "c"))
+    c, d = turn("c", "b", outputs=(message("c.out"), compaction("c.short"), message("c.more"))), turn("d", "c")
+    await save_all(store, c, d)
     short = [compaction("c.short").body, message("c.more").body]
-    assert await store.window(OWNER, "c") == Window("completed", short, 0)
-    assert await store.window(OWNER, "d") == Window(
-        "completed", [*short, message("d.in").body, message("d.out").body], 2
-    )
+    assert await store.window(OWNER, "c") == window_of(c, short)
+    assert await store.window(OWNER, "d") == window_of(d, [*short, message("d.in").body, message("d.out").body], 2)
 
 
 async def test_a_window_begins_with_a_compaction_in_the_input(store: Store) -> None:
@@ -284,6 +299,129 @@ async def test_a_chain_goes_on_past_a_detached_turn(store: Store) -> None:
     await store.save(failed("oops", "a"))
     await save_chain(store, "b", after="a")
     assert await window_ids(store, "b") == both_of("a", "b")
+
+
+# -- what is kept ahead of a response ----------------------------------------------------------------------------------
+
+
+async def ahead_of(store: Store, *turn_ids: str) -> list[bytes | None]:
+    windows = [await store.window(OWNER, turn_id) for turn_id in turn_ids]
+    return [window and window.ahead for window in windows]
+
+
+async def keep_all_ahead(store: Store, *turn_ids: str) -> list[bytes]:
+    """For each of them its own id, and more."""
+    blobs = [b"ahead of %b" % turn_id.encode() for turn_id in turn_ids]
+    for turn_id, blob in zip(turn_ids, blobs, strict=True):
+        assert await store.keep_ahead(OWNER, turn_id, blob) is True
+    return blobs
+
+
+async def test_what_is_kept_ahead_is_told_with_the_window_of_its_response_only(store: Store) -> None:
+    await save_chain(store, "a", "b", "c")
+    before = [await store.window(OWNER, turn_id) for turn_id in "abc"]
+    blobs = await keep_all_ahead(store, "b")
+    after = [await store.window(OWNER, turn_id) for turn_id in "abc"]
+    expected = [window and msgspec.structs.replace(window, ahead=None) for window in after]
+    assert (expected, await ahead_of(store, *"abc")) == (before, [None, *blobs, None])
+
+
+async def test_every_child_can_begin_with_what_was_kept_ahead_of_its_parent(store: Store) -> None:
+    await save_chain(store, "a", "b")
+    blobs = await keep_all_ahead(store, "a")
+    await store.save(turn("fork", "a"))
+    found = [await store.window_before(OWNER, turn_id) for turn_id in ("b", "fork")]
+    assert [window and window.ahead for window in found] == blobs * 2
+
+
+async def test_what_is_kept_ahead_can_be_kept_anew(store: Store) -> None:
+    await save_chain(store, "a")
+    await keep_all_ahead(store, "a")
+    assert await store.keep_ahead(OWNER, "a", b"\x00\xff" * 100_000) is True
+    assert await ahead_of(store, "a") == [b"\x00\xff" * 100_000]
+
+
+async def test_what_is_kept_ahead_leaves_the_response_as_it_was(store: Store) -> None:
+    await save_chain(store, "a")
+    await keep_all_ahead(store, "a")
+    assert await store.response(OWNER, "a") == kept(turn("a"))
+    assert await input_ids(store, "a") == ["a.in"]
+
+
+async def test_nothing_is_kept_ahead_of_a_response_that_is_not_there(store: Store) -> None:
+    await save_chain(store, "a", "b")
+    await store.delete_response(OWNER, "a", NOW)
+    assert [await store.keep_ahead(OWNER, turn_id, b"ahead") for turn_id in ("a", "nobody")] == [False, False]
+    before = await store.window_before(OWNER, "b")
+    assert before is not None
+    assert (ids_in(before.items), before.ahead) == (both_of("a"), None)
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+async def test_nothing_is_kept_ahead_of_a_response_that_nothing_continues(store: Store, status: str) -> None:
+    await store.save(failed("oops", status=status))
+    assert await store.keep_ahead(OWNER, "oops", b"ahead") is False
+
+
+async def test_what_is_kept_ahead_is_told_with_the_window_of_a_conversation_until_it_goes_on(store: Store) -> None:
+    await save_conversation(store)
+    blobs = await keep_all_ahead(store, "a", "b")
+    found = [await store.conversation_window(OWNER, "conv")]
+    await store.add_items(OWNER, "conv", (message("c.5"),), NOW)
+    found.append(await store.conversation_window(OWNER, "conv"))
+    assert [window and window.ahead for window in found] == [blobs[1], None]
+    assert await ahead_of(store, "a", "b") == blobs
+
+
+async def test_what_is_kept_ahead_goes_with_its_response(store: Store) -> None:
+    await save_chain(store, "a", "b", "c")
+    blobs = await keep_all_ahead(store, *"abc")
+    await store.delete_response(OWNER, "b", NOW)
+    before = await store.window_before(OWNER, "c")
+    assert before is not None
+    assert (ids_in(before.items), before.body, before.ahead) == (both_of("a", "b"), turn("b").body, None)
+    assert await ahead_of(store, *"ac") == [blobs[0], blobs[2]]
+
+
+async def test_what_is_kept_ahead_goes_with_a_response_that_is_purged(store: Store) -> None:
+    await save_chain(store, "a", created_at=1000)
+    await save_chain(store, "b", after="a", created_at=3000)
+    blobs = await keep_all_ahead(store, *"ab")
+    await store.purge(2000, NOW)
+    before = await store.window_before(OWNER, "b")
+    assert (before and before.ahead, await ahead_of(store, "b")) == (None, blobs[1:])
+
+
+async def test_what_is_kept_ahead_goes_with_an_item_of_its_conversation(store: Store) -> None:
+    """In forks too, and in forks of forks, whose windows had the item."""
+    await save_conversation(store)
+    await save_chain(store, "further", after="fork")
+    await save_chain(store, "furthest", after="fork")
+    await save_chain(store, "elsewhere")
+    blobs = await keep_all_ahead(store, "a", "b", "fork", "further", "furthest", "elsewhere")
+    await store.delete_conversation_item(OWNER, "conv", "nothing", NOW)
+    assert await ahead_of(store, "a", "b", "fork", "further", "furthest", "elsewhere") == blobs
+    await store.delete_conversation_item(OWNER, "conv", "c.1", NOW)
+    assert await ahead_of(store, "a", "b", "fork", "further", "furthest", "elsewhere") == [None] * 5 + blobs[5:]
+    assert await keep_all_ahead(store, "b") == await ahead_of(store, "b")
+
+
+async def test_what_is_kept_ahead_stays_when_its_locked_conversation_keeps_its_items(store: Store) -> None:
+    await save_conversation(store)
+    blobs = await keep_all_ahead(store, "b")
+    await store.acquire(LOCK, NOW, NOW + 60)
+    with pytest.raises(ConversationLocked):
+        await store.delete_conversation_item(OWNER, "conv", "c.1", NOW)
+    assert await ahead_of(store, "b") == blobs
+
+
+async def test_what_is_kept_ahead_goes_with_its_conversation(store: Store) -> None:
+    await save_conversation(store)
+    blobs = await keep_all_ahead(store, "a", "b", "fork")
+    await store.delete_conversation(OWNER, "conv", NOW)
+    assert await ahead_of(store, "a", "b", "fork") == [None, None, None]
+    assert await keep_all_ahead(store, "a", "b", "fork") == blobs
+    assert await ahead_of(store, "a", "b", "fork") == blobs
 
 
 # -- input items -------------------------------------------------------------------------------------------------------
@@ -869,6 +1007,7 @@ async def test_the_window_of_a_conversation_is_that_of_its_newest_turn(store: St
     assert window == await store.window(OWNER, "b")
     assert window is not None
     assert (ids_in(window.items), window.newest, window.status) == (items, 7, "completed")
+    assert (window.body, window.model) == (turn("b").body, "m")
 
 
 async def test_the_window_of_a_conversation_ends_with_the_newest_batch(store: Store) -> None:
@@ -877,6 +1016,7 @@ async def test_the_window_of_a_conversation_ends_with_the_newest_batch(store: St
     window = await store.conversation_window(OWNER, "conv")
     assert window is not None
     assert (ids_in(window.items), window.newest) == ([*items, "c.5", "c.6"], 9)
+    assert (window.body, window.model) == (b"", "")
 
 
 async def test_responses_of_a_conversation_see_what_was_there_before_them(store: Store) -> None:
@@ -1160,6 +1300,8 @@ ASK: dict[str, Ask] = {
     "responses before": lambda s, o, i: s.responses(o, Page(before=i.response), None),
     "delete_response": lambda s, o, i: s.delete_response(o, i.response, NOW),
     "window": lambda s, o, i: s.window(o, i.response),
+    "window_before": lambda s, o, i: s.window_before(o, i.response),
+    "keep_ahead": lambda s, o, i: s.keep_ahead(o, i.response, b"mine"),
     "input_items": lambda s, o, i: s.input_items(o, i.response, Page()),
     "input_items after": lambda s, o, i: s.input_items(o, i.response, Page(after=i.item)),
     "items": lambda s, o, i: s.items(o, [i.item, i.conversation_item]),
@@ -1450,6 +1592,21 @@ async def test_a_secret_is_made_once(store: Store) -> None:
 
 async def test_a_secret_asked_for_by_many_at_once_is_one(store: Store) -> None:
     assert len(set(await asyncio.gather(*(store.secret("one") for _ in range(20))))) == 1
+
+
+async def test_what_was_learned_is_the_newest_of_each_name(store: Store) -> None:
+    assert await store.learned() == {}
+    await store.keep_learned({"m": b"1", "other": b"\x00\xff"})
+    await store.keep_learned({"m": b"2", "": b""})
+    await store.keep_learned({})
+    assert await store.learned() == {"m": b"2", "other": b"\x00\xff", "": b""}
+
+
+async def test_what_was_learned_outlives_every_response(store: Store) -> None:
+    await save_chain(store, "a")
+    await store.keep_learned({"m": b"1"})
+    await store.purge(NOW, NOW)
+    assert await store.learned() == {"m": b"1"}
 
 
 async def test_a_healthy_store_has_no_problems(store: Store) -> None:
