@@ -145,5 +145,9 @@ class UpstreamRefused(UpstreamError):
 
 
 class WindowExceeded(UpstreamRefused):
-    def __init__(self, message: str) -> None:
+    """The window and the prompt are what the backend told of them; the prompt is at least that large."""
+
+    def __init__(self, message: str, *, window_tokens: int | None = None, prompt_tokens: int | None = None) -> None:
         super().__init__(message, status=400, param="input", code="context_length_exceeded")
+        self.window_tokens = window_tokens
+        self.prompt_tokens = prompt_tokens

@@ -12,17 +12,10 @@ from typing import Any
 import orjson
 
 from errors import UpstreamError, UpstreamRefused, WindowExceeded
+from overflows import overflow_of
 
 Json = dict[str, Any]
 
-# Signs that the window is full, in the words of each backend.
-OVERFLOW_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error"})
-OVERFLOW_TEXT = re.compile(
-    r"maximum context length|exceeds? the (available )?context|context size has been exceeded|context window"
-    r"|n_keep .* >= n_ctx|input length exceeds|`inputs` tokens \+ `max_new_tokens`|exceeds the maximum number of tokens"
-    r"|prompt is too long|reduce the length of the (messages|input)",
-    re.IGNORECASE,
-)
 # Faults of a request that llama.cpp answers with a 500 (tests/wire/edges.txt).
 CLIENT_FAULT_TEXT = re.compile(
     r"image input is not supported|Failed to parse tool|not a multimodal model|audio input is not supported"
@@ -57,17 +50,15 @@ def error_fields(body: Any) -> Json:
 def refusal(status: int, body: Any, where: str) -> UpstreamError:
     """The failure that an error answer of a backend stands for."""
     fields = error_fields(body)
-    message, code, kind = fields["message"][:2000], str(fields.get("code")), str(fields.get("type"))
+    fields["message"] = message = fields["message"][:2000]
     said = f"Upstream '{where}' answered {status}: {message}" if message else f"Upstream '{where}' answered {status}."
-    if status in (400, 413, 422, 500) and (
-        code in OVERFLOW_CODES or kind in OVERFLOW_CODES or OVERFLOW_TEXT.search(message)
-    ):
-        return WindowExceeded(said)
+    if status in (400, 413, 422, 500) and (full := overflow_of(fields)):
+        return WindowExceeded(said, window_tokens=full.window_tokens, prompt_tokens=full.prompt_tokens)
     if status == 500 and CLIENT_FAULT_TEXT.search(message):
         status = 400
     elif status < 400 or (status >= 500 and status not in LATER and status != 504):
         status = 502
-    param = fields.get("param")
+    param, code = fields.get("param"), str(fields.get("code"))
     return UpstreamRefused(
         said,
         status=status,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
+from wire_reader import transcript
 
 from errors import UpstreamError, UpstreamRefused, WindowExceeded
 from refusals import error_fields, mend_for, raise_if_error, refusal, retry_after_s
@@ -59,6 +61,42 @@ def test_every_backends_sign_of_a_full_window_is_known(status: int, body: Any) -
 )
 def test_other_refusals_are_not_taken_for_a_full_window(status: int, body: Any) -> None:
     assert not isinstance(refusal(status, body, "local"), WindowExceeded)
+
+
+def numbers(error: UpstreamError) -> tuple[int | None, int | None]:
+    assert isinstance(error, WindowExceeded)
+    return error.window_tokens, error.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("llamacpp/ctx-overflow", (1024, 12030)),
+        ("llamacpp/ctx-overflow-tokens", (1024, 2430)),
+        ("vllm/ctx-overflow", (1024, None)),
+        ("vllm/ctx-overflow-tokens", (1024, 1025)),
+        ("litellm/ctx-overflow", (1024, 12030)),
+        ("aimock/ctx-error", (128, None)),
+    ],
+)
+def test_a_recorded_overflow_tells_the_window_and_the_prompt(name: str, told: tuple[int | None, int | None]) -> None:
+    recorded = transcript(name)
+    assert told == numbers(refusal(recorded.status, orjson.loads(recorded.body), "local"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (400, nested("Provider returned error", code=400, metadata={"raw": VLLM_FULL}), (1024, 1025)),
+        (400, nested("Provider returned error", metadata={"raw": nested(LLAMACPP_FULL)}), (1024, 12030)),
+        (400, {"object": "error", "message": VLLM_FULL, "code": 400}, (1024, 1025)),
+        (400, [nested("The input token count (9) exceeds the maximum number of tokens allowed (8).")], (8, 9)),
+        (422, {"error": "`inputs` must have less than 1024 tokens. Given: 1872"}, (1024, 1872)),
+        (400, nested("Please reduce the length", code="context_length_exceeded", n_ctx=8), (8, None)),
+    ],
+)
+def test_an_overflow_tells_its_numbers_in_every_shape_of_body(status: int, body: Any, told: tuple[int, int]) -> None:
+    assert told == numbers(refusal(status, body, "local"))
 
 
 @pytest.mark.parametrize(
@@ -139,9 +177,19 @@ def test_an_error_inside_a_200_answer_is_raised_with_the_status_it_names(chunk: 
     assert status == caught.value.http_status
 
 
-def test_a_full_window_inside_a_200_answer_is_told_apart() -> None:
-    with pytest.raises(WindowExceeded):
-        raise_if_error({"error": {"message": "too long", "code": "context_length_exceeded"}}, "local")
+@pytest.mark.parametrize(
+    ("chunk", "told"),
+    [
+        ({"error": {"message": "too long", "code": "context_length_exceeded"}}, (None, None)),
+        ({"error": "Cannot truncate prompt with n_keep (15028) >= n_ctx (7424)"}, (7424, 15028)),
+        ({"error": {"code": 400, "message": "x", "type": "exceed_context_size_error", "n_ctx": 8}}, (8, None)),
+        ({"object": "error", "message": VLLM_FULL, "code": 400}, (1024, 1025)),
+    ],
+)
+def test_a_full_window_inside_a_200_answer_is_told_apart(chunk: Json, told: tuple[int | None, int | None]) -> None:
+    with pytest.raises(WindowExceeded) as caught:
+        raise_if_error(chunk, "local")
+    assert told == numbers(caught.value)
 
 
 def test_a_chunk_without_an_error_passes() -> None:
