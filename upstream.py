@@ -25,6 +25,7 @@ import dialects
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
+from sse import SSEDecoder
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
@@ -72,44 +73,6 @@ class UpstreamSettings:
             raise ValueError(f"upstream '{self.name}': base_url must be an http(s) URL, got {self.base_url!r}")
         if self.dialect != "auto" and self.dialect not in dialects.DIALECTS:
             raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
-
-
-# -- server-sent events ------------------------------------------------------------------------------------------------
-
-
-class SSEDecoder:
-    """Splits bytes into the payloads of server-sent events; reads may end anywhere.
-
-    Takes CRLF, data without a space and data over several lines; drops comments. Of event names only `error` matters:
-    its payload becomes an error object if it is none. A JSON body that is no stream at all is one payload.
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        data = self._rest + data
-        if b"\r" in data:
-            whole = data[:-1] if data.endswith(b"\r") else data
-            data = whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + data[len(whole) :]
-        *blocks, self._rest = data.split(b"\n\n")
-        return [payload for block in blocks if (payload := _payload(block))]
-
-    def flush(self) -> list[bytes]:
-        """The payload of a last event that no empty line followed."""
-        rest, self._rest = self._rest.strip(), b""
-        payload = rest if rest.startswith(b"{") else _payload(rest)
-        return [payload] if payload else []
-
-
-def _payload(block: bytes) -> bytes:
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return block[6:].strip()
-    lines = block.split(b"\n")
-    payload = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")).strip()
-    is_error = any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines)
-    return b'{"error":%b}' % payload if payload and is_error and b'"error"' not in payload else payload
 
 
 # -- one answer being streamed -----------------------------------------------------------------------------------------

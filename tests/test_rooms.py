@@ -17,6 +17,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "dialects": (0, 200, set()),
     "sources": (0, 100, set()),
     "verbs": (0, 300, {"msgspec"}),
+    "sse": (1, 100, set()),
     "overflows": (1, 150, set()),
     "refusals": (1, 200, {"orjson"}),
     "request": (1, 400, {"msgspec", "orjson"}),
