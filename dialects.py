@@ -49,6 +49,9 @@ class Dialect:
     file_parts: bool = False
     # Tool call ids of nine letters and digits (Mistral).
     short_call_ids: bool = False
+    # Rows of capacity.py: where, besides the list of models, a window is told, and where tokens are counted.
+    window_source: Literal["lmstudio", "ollama", "tgi"] | None = None
+    tokenizer: Literal["llamacpp", "vllm"] | None = None
 
 
 GENERIC = Dialect("generic")
@@ -66,9 +69,9 @@ DIALECTS: dict[str, Dialect] = {
             service_tier=True,
             file_parts=True,
         ),
-        Dialect("vllm", reasoning_field="reasoning", tool_choice="named"),
+        Dialect("vllm", reasoning_field="reasoning", tool_choice="named", tokenizer="vllm"),
         Dialect("sglang", reasoning_field="reasoning_content", tool_choice="named"),
-        Dialect("llamacpp", reasoning_field="reasoning_content", effort="template"),
+        Dialect("llamacpp", reasoning_field="reasoning_content", effort="template", tokenizer="llamacpp"),
         Dialect(
             "ollama",
             reasoning_field="reasoning",
@@ -76,9 +79,17 @@ DIALECTS: dict[str, Dialect] = {
             parallel_tool_calls=False,
             strict_tools=False,
             image_urls=False,
+            window_source="ollama",
         ),
-        Dialect("lmstudio"),
-        Dialect("tgi", merge_neighbours=True, response_format_with_tools=False, parallel_tool_calls=False, effort=None),
+        Dialect("lmstudio", window_source="lmstudio"),
+        Dialect(
+            "tgi",
+            merge_neighbours=True,
+            response_format_with_tools=False,
+            parallel_tool_calls=False,
+            effort=None,
+            window_source="tgi",
+        ),
         Dialect(
             "transformers",
             tool_choice="ignored",
@@ -159,15 +170,3 @@ def of_models(models: Json, headers: Mapping[str, str], port: int | None) -> str
         if "meta" in model:
             return "llamacpp"
     return DIALECT_OF_PORT.get(port or 0, "generic")
-
-
-def window_tokens(model: Json) -> int | None:
-    """The window of a model as its entry in GET /v1/models tells it, in tokens.
-
-    Source: vLLM and SGLang `max_model_len`, llama.cpp `meta.n_ctx` (per slot), Groq `context_window`,
-    OpenRouter `context_length`, Mistral `max_context_length`.
-    """
-    meta = model.get("meta")
-    fields = ("max_model_len", "context_window", "context_length", "max_context_length")
-    found = [meta.get("n_ctx") if isinstance(meta, dict) else None, *(model.get(field) for field in fields)]
-    return next((tokens for tokens in found if isinstance(tokens, int) and tokens > 0), None)

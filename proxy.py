@@ -651,9 +651,11 @@ async def _check_one(upstream: Upstream) -> bool:
     except ProxyError as error:
         print(f"{where}: {error.message}")
         return False
-    print(f"{where}: dialect {probe.dialect.name}, {len(probe.models)} model(s)")
+    question = {"model": next(iter(probe.models), ""), "messages": [{"role": "user", "content": "Hello"}]}
+    counts = "yes" if await upstream.count_tokens(question) else "no"
+    print(f"{where}: dialect {probe.dialect.name}, {len(probe.models)} model(s), tokenizer: {counts}")
     for model in probe.models:
-        window = probe.windows.get(model)
+        window = await upstream.window_tokens(model)
         print(f"  {model}: window {f'{window} tokens' if window else 'not told'}")
     return True
 

@@ -22,18 +22,22 @@ from multidict import CIMultiDict
 from yarl import URL
 
 import dialects
+from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, listed, windows_told
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from looks import Look
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
+from sse import SSEDecoder
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
 log = logging.getLogger("responses_proxy.upstream")
 
-# How long a request waits for the first look at a backend; after that it goes out in the generic dialect.
-DETECTION_WAIT_S = 0.1
-# How long after a look that found nothing the next one is made.
-DETECTION_PAUSE_S = 10.0
+# How long after a look that found nothing the next one is made, and after one that found something.
+DETECTION_PAUSE_S, FOUND_KEPT_S = 10.0, 300.0
+# How long an endpoint beside the chat may take; and the statuses that say that there is none.
+ASIDE_S = 5.0
+NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.
 DRAIN_S = 0.1
 # Timers are not set closer together than this.
@@ -59,6 +63,8 @@ class UpstreamSettings:
     headers: Mapping[str, str] = field(default_factory=dict)
     dialect: str = "auto"
     think: Literal["auto", "open", "off"] = "auto"
+    window_tokens: int = 0
+    tokenizer: Literal["auto", "off"] = "auto"
     connect_timeout_s: float = 10.0
     first_byte_timeout_s: float = 600.0
     idle_timeout_s: float = 300.0
@@ -72,44 +78,6 @@ class UpstreamSettings:
             raise ValueError(f"upstream '{self.name}': base_url must be an http(s) URL, got {self.base_url!r}")
         if self.dialect != "auto" and self.dialect not in dialects.DIALECTS:
             raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
-
-
-# -- server-sent events ------------------------------------------------------------------------------------------------
-
-
-class SSEDecoder:
-    """Splits bytes into the payloads of server-sent events; reads may end anywhere.
-
-    Takes CRLF, data without a space and data over several lines; drops comments. Of event names only `error` matters:
-    its payload becomes an error object if it is none. A JSON body that is no stream at all is one payload.
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        data = self._rest + data
-        if b"\r" in data:
-            whole = data[:-1] if data.endswith(b"\r") else data
-            data = whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + data[len(whole) :]
-        *blocks, self._rest = data.split(b"\n\n")
-        return [payload for block in blocks if (payload := _payload(block))]
-
-    def flush(self) -> list[bytes]:
-        """The payload of a last event that no empty line followed."""
-        rest, self._rest = self._rest.strip(), b""
-        payload = rest if rest.startswith(b"{") else _payload(rest)
-        return [payload] if payload else []
-
-
-def _payload(block: bytes) -> bytes:
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return block[6:].strip()
-    lines = block.split(b"\n")
-    payload = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")).strip()
-    is_error = any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines)
-    return b'{"error":%b}' % payload if payload and is_error and b'"error"' not in payload else payload
 
 
 # -- one answer being streamed -----------------------------------------------------------------------------------------
@@ -214,15 +182,6 @@ class ChatStream:
 # -- one backend -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a look at a backend found."""
-
-    dialect: Dialect
-    models: tuple[str, ...] = ()
-    windows: Mapping[str, int] = field(default_factory=dict)
-
-
 class Upstream:
     """One chat-completions backend."""
 
@@ -230,13 +189,15 @@ class Upstream:
         self.settings = settings
         self._session = session
         self._base_url = settings.base_url.rstrip("/")
+        self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
         self._headers = self._make_headers()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
-        told = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
-        self._probe = Probe(dialects.DIALECTS[told]) if told else None
-        self._probing: asyncio.Task[None] | None = None
-        self._look_again_at = 0.0
+        self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
+        self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
+        self._looks = Look(self._look)
+        self._told_windows = ToldWindows()
+        self._count_again_at = 0.0
         # Spellings that this backend was found to want.
         self._mends: list[Mend] = []
 
@@ -259,42 +220,93 @@ class Upstream:
     async def dialect(self) -> Dialect:
         """The backend's dialect, looked at once; generic for as long as the backend cannot be reached."""
         if self._probe is None:
-            await self._wait_for_look()
+            self._looks.again(DETECTION_PAUSE_S)
+            await self._looks.wait()
         return self._probe.dialect if self._probe else dialects.GENERIC
-
-    async def _wait_for_look(self) -> None:
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._look_again_at:
-            self._look_again_at = loop.time() + DETECTION_PAUSE_S
-            self._probing = asyncio.create_task(self._look())
-        if self._probing is not None:
-            waited_s = loop.time() + DETECTION_PAUSE_S - self._look_again_at
-            await asyncio.wait({self._probing}, timeout=max(0.0, DETECTION_WAIT_S - waited_s))
 
     async def _look(self) -> None:
         with contextlib.suppress(UpstreamError):
             await self.probe()
 
     async def probe(self) -> Probe:
-        """Asks the backend for its models. Raises: UpstreamError."""
+        """Asks the backend for its models and their windows. Raises: UpstreamError."""
+        self._looks.begun()
         asking = self._send("GET", "/models", None, self._headers)
-        answer, listed = await self._read_json(asking, self.settings.connect_timeout_s)
-        found = listed.get("data") if isinstance(listed, dict) else None
-        entries = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
-        name = self.settings.dialect
-        if name == "auto":
-            by_models = dialects.of_models({"data": entries}, answer.headers, self._host.port)
-            name = dialects.of_host(self._host.host or "") or by_models
-        windows = {str(m.get("id")): tokens for m in entries if (tokens := dialects.window_tokens(m))}
-        self._probe = Probe(dialects.DIALECTS[name], tuple(str(m.get("id")) for m in entries), windows)
-        log.info("upstream '%s' speaks %s", self.settings.name, name)
+        answer, told = await self._read_json(asking, self.settings.connect_timeout_s)
+        models = entries(told, "data")
+        dialect = self._dialect_of(models, answer.headers)
+        before = self._probe = self._probe or Probe(dialect)
+        windows = windows_told(listed(told)) | await self._loaded_windows(dialect)
+        self._probe = Probe(dialect, tuple(str(model.get("id")) for model in models), windows)
+        self._told_windows.forget_changed(before, self._probe)
         return self._probe
 
+    def _dialect_of(self, models: list[Json], headers: Headers) -> Dialect:
+        """The dialect that is set or that the host tells; else what the models tell, or told before."""
+        name = self._told_dialect or dialects.of_models({"data": models}, headers, self._host.port)
+        if name == dialects.GENERIC.name and self._probe is not None:
+            return self._probe.dialect
+        if self._probe is None or self._probe.dialect.name != name:
+            log.info("upstream '%s' speaks %s", self.settings.name, name)
+        return dialects.DIALECTS[name]
+
+    async def _loaded_windows(self, dialect: Dialect) -> dict[str, int]:
+        """What the backend tells elsewhere than in its list of models."""
+        for path, words in WINDOW_SOURCES.get(dialect.window_source, ()):
+            _, answer = await self._ask_aside(path)
+            if windows := windows_told(words(answer)):
+                return windows
+        return {}
+
     async def close(self) -> None:
-        """Ends a look that is still under way."""
-        if self._probing is not None:
-            self._probing.cancel()
-            await asyncio.wait({self._probing})
+        await self._looks.close()
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    async def window_tokens(self, model: str) -> int | None:
+        """The window of a model, as it is set, as an overflow told it, or as the backend tells; None while none does.
+
+        What is known is told at once, and looked at again beside requests: backends are restarted with other windows.
+        """
+        if self.settings.window_tokens:
+            return self.settings.window_tokens
+        found = self._probe.window_tokens(model) if self._probe else None
+        is_due_soon = found is None and (self._probe is None or self._probe.may_tell_more)
+        self._looks.again(DETECTION_PAUSE_S if is_due_soon else FOUND_KEPT_S)
+        if known := self._told_windows.get(model) or found:
+            return known
+        await self._looks.wait()
+        return self._probe.window_tokens(model) if self._probe else None
+
+    def told_window(self, model: str, tokens: int) -> None:
+        """Remembers the window that an overflow told, until the backend itself tells another one than before."""
+        self._told_windows.remember(model, tokens)
+
+    async def count_tokens(self, body: Json, bearer: str | None = None) -> int | None:
+        """What the backend would report as `usage.prompt_tokens` for this chat request; None where it cannot tell."""
+        now = asyncio.get_running_loop().time()
+        if self.settings.tokenizer == "off" or now < self._count_again_at:
+            return None
+        tokenizer = TOKENIZERS.get((await self.dialect()).tokenizer)
+        if tokenizer is None:
+            return None
+        status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), bearer)
+        if status in NO_SUCH_ENDPOINT:
+            self._count_again_at = now + FOUND_KEPT_S
+        return tokenizer.read(answer)
+
+    async def _ask_aside(self, path: str, body: Json | None = None, bearer: str | None = None) -> tuple[int, Any]:
+        """The status of an endpoint beside the chat, 0 without an answer in time, and its JSON when that is 200."""
+        method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
+        try:
+            async with asyncio.timeout(ASIDE_S):
+                answer = await self._request(method, self._root + path, data, self._headers_for(bearer))
+                if answer.status == 200:
+                    return 200, orjson.loads(await answer.read())
+        except (aiohttp.ClientError, OSError, orjson.JSONDecodeError):
+            return 0, None
+        answer.close()
+        return answer.status, None
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -372,7 +384,7 @@ class Upstream:
         """One request up to its headers. Raises: UpstreamError for anything but a 200."""
         where = f"Upstream '{self.settings.name}' at {self._host.authority}"
         try:
-            answer = await self._request(method, path, data, headers)
+            answer = await self._request(method, self._base_url + path, data, headers)
         except aiohttp.ConnectionTimeoutError as error:
             raise UpstreamTimeout(f"{where} cannot be reached in time.") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -381,21 +393,21 @@ class Upstream:
             raise await self._refused(answer)
         return answer
 
-    async def _request(self, method: str, path: str, data: bytes | None, headers: Headers) -> aiohttp.ClientResponse:
+    async def _request(self, method: str, url: str, data: bytes | None, headers: Headers) -> aiohttp.ClientResponse:
         """Asks again at once when a connection from the pool turned out to be closed by the backend."""
         try:
-            return await self._request_once(method, path, data, headers)
+            return await self._request_once(method, url, data, headers)
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            return await self._request_once(method, path, data, headers)
+            return await self._request_once(method, url, data, headers)
 
     async def _request_once(
-        self, method: str, path: str, data: bytes | None, headers: Headers
+        self, method: str, url: str, data: bytes | None, headers: Headers
     ) -> aiohttp.ClientResponse:
         return await self._session.request(
             method,
-            self._base_url + path,
+            url,
             data=data if data is None or len(data) < LARGE_BODY_BYTES else io.BytesIO(data),
             headers=headers,
             allow_redirects=False,

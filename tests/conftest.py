@@ -144,10 +144,10 @@ async def no_task_is_left() -> None:
 # -- a real backend ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def llamacpp() -> Iterator[str]:
+@contextlib.contextmanager
+def llamacpp_server(*options: str) -> Iterator[str]:
     """The base URL of a real llama.cpp server with the tiny model."""
-    command = [sys.executable, str(ROOT / "demo" / "llamacpp_server.py"), "--port", "0"]
+    command = [sys.executable, str(ROOT / "demo" / "llamacpp_server.py"), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -157,6 +157,13 @@ def llamacpp() -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def llamacpp() -> Iterator[str]:
+    """A llama.cpp server with a window of 1024 tokens for each of two requests at once."""
+    with llamacpp_server() as url:
+        yield url
 
 
 def wait_for_200(url: str, deadline_s: float = 30) -> None:

@@ -125,14 +125,14 @@ def test_an_unknown_flag_is_refused() -> None:
 async def test_check_describes_a_good_backend(backend: Backend) -> None:
     backend.models = {"data": [{"id": "qwen", "owned_by": "vllm", "max_model_len": 4096}]}
     done = await asyncio.to_thread(run, "check", "--upstream", backend.url)
-    expected = f"127.0.0.1 ({backend.url}): dialect vllm, 1 model(s)\n  qwen: window 4096 tokens\n"
+    expected = f"127.0.0.1 ({backend.url}): dialect vllm, 1 model(s), tokenizer: no\n  qwen: window 4096 tokens\n"
     assert (done.returncode, done.stdout) == (0, expected)
 
 
 async def test_check_describes_a_real_backend(llamacpp: str) -> None:
     done = await asyncio.to_thread(run, "check", "--upstream", llamacpp)
     assert done.returncode == 0
-    assert "dialect llamacpp, 1 model(s)" in done.stdout
+    assert "dialect llamacpp, 1 model(s), tokenizer: yes" in done.stdout
     assert "tiny-think: window 1024 tokens" in done.stdout
 
 

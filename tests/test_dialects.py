@@ -56,23 +56,6 @@ def test_a_well_known_host_tells_its_dialect(host: str, name: str | None) -> Non
     assert name == dialects.of_host(host)
 
 
-@pytest.mark.parametrize(
-    ("model", "tokens"),
-    [
-        (LLAMACPP["data"][0], 1024),
-        (VLLM["data"][0], 1024),
-        ({"context_window": 131072}, 131072),
-        ({"context_length": 4096}, 4096),
-        ({"max_context_length": 32768}, 32768),
-        ({"id": "x"}, None),
-        ({"max_model_len": "1024", "meta": None}, None),
-        ({"max_model_len": 0, "meta": []}, None),
-    ],
-)
-def test_the_window_is_read_where_a_model_tells_it(model: Json, tokens: int | None) -> None:
-    assert tokens == dialects.window_tokens(model)
-
-
 def test_a_named_dialect_can_be_changed_in_single_fields() -> None:
     changed = dialects.named("vllm", late_system=True)
     assert (changed.late_system, changed.tool_choice, dialects.DIALECTS["vllm"].late_system) == (True, "named", False)

@@ -204,7 +204,7 @@ async def test_check_tells_dialect_models_and_windows(backend: Backend, capsys: 
     backend.models = {"data": [model, {"id": "other", "owned_by": "vllm"}]}
     assert await check(settings_of(backend.url, upstream={"dialect": "auto", "name": "gpu"})) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"gpu ({backend.url}): dialect vllm, 2 model(s)",
+        f"gpu ({backend.url}): dialect vllm, 2 model(s), tokenizer: no",
         "  qwen: window 4096 tokens",
         "  other: window not told",
     ]

@@ -16,7 +16,8 @@ import aiohttp
 import orjson
 import pytest
 from aioresponses import aioresponses
-from scripted import DONE, Backend, Script, chunk, plain, sse, streamed
+from conftest import llamacpp_server
+from scripted import DEADLINE_S, DONE, Backend, Script, chunk, plain, sse, streamed
 from wire_reader import transcript
 from yarl import URL
 
@@ -29,7 +30,7 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from upstream import ChatStream, SSEDecoder, Upstream, Upstreams, UpstreamSettings, settings_for
+from upstream import ChatStream, Upstream, Upstreams, UpstreamSettings, settings_for
 
 Json = dict[str, Any]
 Connect = Callable[..., Upstream]
@@ -693,6 +694,299 @@ async def test_an_odd_list_of_models_is_generic(connect: Connect, models: Any) -
         assert (await connect(dialect="auto").dialect()).name == "generic"
 
 
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+Later = Callable[[float], None]
+LLAMACPP: Json = {"data": [{"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 1024}}]}
+VLLM: Json = {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 1024}]}
+OLLAMA: Json = {"data": [{"id": "m:latest", "owned_by": "library"}, {"id": "n", "owned_by": "library"}]}
+
+
+@pytest.fixture
+async def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    """Sets the clock of the loop forward: `later(300.0)`."""
+    loop = asyncio.get_running_loop()
+    read, ahead_s = loop.time, [0.0]
+    monkeypatch.setattr(loop, "time", lambda: read() + sum(ahead_s))
+    return ahead_s.append
+
+
+def looks_of(http: Answers, url: str = MODELS) -> int:
+    return len(http.requests.get(("GET", URL(url)), ()))
+
+
+async def looked(upstream: Upstream) -> None:
+    """Until the look that is under way has been made."""
+    if tasks := {task for task in asyncio.all_tasks() if "Upstream._look" in repr(task)}:
+        await asyncio.wait(tasks, timeout=DEADLINE_S)
+
+
+async def test_the_window_of_the_settings_asks_nobody(connect: Connect) -> None:
+    with Answers() as http:
+        assert await connect(window_tokens=77).window_tokens("m") == 77
+        assert http.requests == {}
+
+
+@pytest.mark.parametrize("dialect", ["auto", "llamacpp"])
+async def test_a_window_is_asked_of_the_backend_once(connect: Connect, dialect: str) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=LLAMACPP, repeat=True)
+        upstream = connect(dialect=dialect)
+        assert await asyncio.gather(*(upstream.window_tokens(name) for name in ("m", "any"))) == [1024, 1024]
+        assert await upstream.window_tokens("m") == 1024
+        assert looks_of(http) == 1
+
+
+async def test_the_window_that_an_overflow_told_wins_over_the_list(connect: Connect) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=VLLM, repeat=True)
+        upstream = connect()
+        assert await upstream.window_tokens("m") == 1024
+        upstream.told_window("m", 512)
+        assert [await upstream.window_tokens(model) for model in ("m", "other")] == [512, 1024]
+
+
+async def test_the_window_of_the_settings_wins_over_an_overflow(connect: Connect) -> None:
+    upstream = connect(window_tokens=77)
+    upstream.told_window("m", 512)
+    assert await upstream.window_tokens("m") == 77
+
+
+async def test_a_window_is_looked_at_again_beside_requests(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=VLLM)
+        http.get(MODELS, payload={"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 4096}]})
+        upstream = connect()
+        assert await upstream.window_tokens("m") == 1024
+        later(299.0)
+        assert (await upstream.window_tokens("m"), looks_of(http)) == (1024, 1)
+        later(2.0)
+        assert await upstream.window_tokens("m") == 1024
+        await looked(upstream)
+        assert (await upstream.window_tokens("m"), looks_of(http)) == (4096, 2)
+
+
+async def test_a_backend_with_another_window_ends_what_an_overflow_told(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=VLLM)
+        http.get(MODELS, payload={"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 4096}]})
+        upstream = connect()
+        await upstream.window_tokens("m")
+        upstream.told_window("m", 512)
+        later(301.0)
+        assert await upstream.window_tokens("m") == 512
+        await looked(upstream)
+        assert await upstream.window_tokens("m") == 4096
+
+
+async def test_an_unreachable_backend_is_looked_at_again_soon(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, exception=aiohttp.ClientConnectionError("no"))
+        http.get(MODELS, payload=VLLM)
+        upstream = connect()
+        assert [await upstream.window_tokens("m") for _ in range(2)] == [None, None]
+        later(11.0)
+        assert (await upstream.window_tokens("m"), looks_of(http)) == (1024, 2)
+
+
+async def test_an_old_window_is_told_while_the_backend_is_away(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=VLLM)
+        http.get(MODELS, exception=aiohttp.ClientConnectionError("no"), repeat=True)
+        upstream = connect()
+        await upstream.window_tokens("m")
+        later(301.0)
+        await upstream.window_tokens("m")
+        await looked(upstream)
+        assert await upstream.window_tokens("m") == 1024
+
+
+async def test_a_backend_that_tells_no_windows_is_left_in_peace(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload={"data": [{"id": "m"}]}, repeat=True)
+        upstream = connect()
+        assert await upstream.window_tokens("m") is None
+        later(11.0)
+        assert (await upstream.window_tokens("m"), looks_of(http)) == (None, 1)
+
+
+async def test_a_mute_backend_holds_nobody(connect: Connect, mute: str) -> None:
+    upstream = connect(mute)
+    began_at = asyncio.get_running_loop().time()
+    assert [await upstream.window_tokens("m") for _ in range(20)] == [None] * 20
+    assert asyncio.get_running_loop().time() - began_at < 1.0
+
+
+async def test_a_model_tells_its_window_when_it_has_been_loaded(connect: Connect, later: Later) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=OLLAMA, repeat=True)
+        http.get("http://backend/api/ps", payload={"models": []})
+        http.get("http://backend/api/ps", payload={"models": [{"name": "m:latest", "context_length": 4096}]})
+        upstream = connect(dialect="auto")
+        assert await upstream.window_tokens("m") is None
+        later(11.0)
+        assert [await upstream.window_tokens(model) for model in ("m", "m:latest", "n")] == [4096, 4096, None]
+
+
+async def test_the_next_source_is_asked_where_the_first_tells_nothing(connect: Connect) -> None:
+    models = [{"key": "m", "loaded_instances": [{"id": "m", "config": {"context_length": 8192}}]}]
+    with Answers() as http:
+        http.get(MODELS, payload={"data": [{"id": "m"}]})
+        http.get("http://backend/api/v0/models", status=404, body="gone")
+        http.get("http://backend/api/v1/models", payload={"models": models})
+        assert await connect(dialect="lmstudio").window_tokens("m") == 8192
+
+
+async def test_a_loaded_window_wins_over_the_listed_one(connect: Connect) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload={"data": [{"id": "m", "max_context_length": 131072}]})
+        http.get("http://backend/info", payload={"model_id": "m", "max_total_tokens": 4096})
+        assert (await connect(dialect="tgi").probe()).windows == {"m": 4096}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"status": 500}, {"body": "<html>"}, {"payload": [1]}, {"exception": aiohttp.ClientConnectionError("no")}],
+)
+async def test_a_source_that_fails_leaves_the_listed_window(connect: Connect, answer: Json) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload={"data": [{"id": "m", "context_length": 4096}]})
+        http.get("http://backend/api/ps", **answer)
+        assert await connect(dialect="ollama").window_tokens("m") == 4096
+
+
+async def test_an_odd_list_does_not_take_the_dialect_away(connect: Connect) -> None:
+    with Answers() as http:
+        http.get(MODELS, payload=VLLM)
+        http.get(MODELS, payload={})
+        upstream = connect(dialect="auto")
+        assert [(await upstream.probe()).dialect.name for _ in range(2)] == ["vllm", "vllm"]
+
+
+@pytest.mark.parametrize(("slots", "total_tokens", "tokens"), [(1, 512, 512), (1, 2048, 2048), (4, 2048, 512)])
+async def test_a_real_server_tells_its_window(connect: Connect, slots: int, total_tokens: int, tokens: int) -> None:
+    with llamacpp_server("--slots", str(slots), "--ctx", str(total_tokens)) as url:
+        upstream = connect(url, dialect="auto")
+        assert await upstream.window_tokens("any") == tokens
+        with pytest.raises(WindowExceeded) as caught:
+            await upstream.complete({**BODY, "messages": [{"role": "user", "content": "Hello there. " * tokens}]})
+        assert caught.value.window_tokens == tokens
+        assert await upstream.count_tokens(BODY) == (await upstream.complete(BODY))["usage"]["prompt_tokens"]
+
+
+# -- sizes of prompts --------------------------------------------------------------------------------------------------
+
+COUNT, TOKENIZE = f"{CHAT}/input_tokens", "http://backend/tokenize"
+QUESTION: Json = {"role": "user", "content": "What is the weather in Paris?"}
+WEATHER: Json = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLED: Json = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [QUESTION]},
+        {"messages": [{"role": "system", "content": "Be brief and kind."}, QUESTION]},
+        {"messages": [QUESTION], "tools": [WEATHER]},
+        {
+            "messages": [
+                QUESTION,
+                {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                {"role": "tool", "tool_call_id": "c1", "content": "Sunny, 21 degrees"},
+            ],
+            "tools": [WEATHER],
+        },
+        {
+            "messages": [
+                QUESTION,
+                {"role": "assistant", "content": "Sunny.", "reasoning_content": "The user asks about Paris."},
+                {"role": "user", "content": "And tomorrow?"},
+            ]
+        },
+        {"messages": [QUESTION], "chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "none"}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Héllo, wörld! 你好"}]}]},
+        {"messages": [QUESTION], "tools": [WEATHER], "tool_choice": "required"},
+        {"messages": [QUESTION], "response_format": {"type": "json_object"}},
+    ],
+)
+async def test_a_real_server_counts_what_it_reports(connect: Connect, llamacpp: str, body: Json) -> None:
+    upstream = connect(llamacpp, dialect="auto")
+    whole = {"model": "any", "temperature": 0, "max_tokens": 2, **body}
+    counted = await upstream.count_tokens({**whole, "stream": True, "stream_options": {"include_usage": True}})
+    assert counted == (await upstream.complete(whole))["usage"]["prompt_tokens"]
+
+
+async def test_vllm_is_asked_at_its_tokenizer(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(TOKENIZE, body=transcript("vllm/tokenize").body)
+        assert await connect(dialect="vllm").count_tokens({**BODY, "stream": True}) == 4
+        assert asked(http, TOKENIZE) == [{**BODY, "add_generation_prompt": True}]
+
+
+async def test_a_tokenizer_is_asked_with_the_clients_key(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(TOKENIZE, payload={"count": 4})
+        await connect(dialect="vllm", api_key="ours").count_tokens(BODY, "theirs")
+        (call,) = http.requests[("POST", URL(TOKENIZE))]
+        assert call.kwargs["headers"]["Authorization"] == "Bearer theirs"
+
+
+async def test_a_base_url_may_lack_its_v1(connect: Connect) -> None:
+    with Answers() as http:
+        http.post(COUNT, payload={"input_tokens": 32})
+        assert await connect("http://backend/", dialect="llamacpp").count_tokens(BODY) == 32
+
+
+@pytest.mark.parametrize("settings", [{"dialect": "sglang"}, {"dialect": "llamacpp", "tokenizer": "off"}])
+async def test_where_nobody_counts_nobody_is_asked(connect: Connect, settings: Json) -> None:
+    with Answers() as http:
+        assert await connect(**settings).count_tokens(BODY) is None
+        assert http.requests == {}
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_tokenizer_that_is_not_there_is_left_in_peace(connect: Connect, later: Later, status: int) -> None:
+    with Answers() as http:
+        http.post(COUNT, status=status, body="no such page")
+        http.post(COUNT, payload={"input_tokens": 32})
+        upstream = connect(dialect="llamacpp")
+        assert [await upstream.count_tokens(BODY) for _ in range(2)] == [None, None]
+        later(299.0)
+        assert (await upstream.count_tokens(BODY), len(asked(http, COUNT))) == (None, 1)
+        later(2.0)
+        assert await upstream.count_tokens(BODY) == 32
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": 400, "payload": error_of("odd template")},
+        {"status": 503},
+        {"body": "<html>"},
+        {"payload": {"input_tokens": None}},
+        {"exception": aiohttp.ClientPayloadError("cut")},
+    ],
+)
+async def test_a_tokenizer_that_fails_is_asked_again(connect: Connect, answer: Json) -> None:
+    with Answers() as http:
+        http.post(COUNT, **answer)
+        http.post(COUNT, payload={"input_tokens": 32})
+        upstream = connect(dialect="llamacpp")
+        assert [await upstream.count_tokens(BODY) for _ in range(2)] == [None, 32]
+
+
+async def test_a_slow_tokenizer_is_given_up(connect: Connect, mute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.ASIDE_S", TINY_S)
+    assert await connect(mute, dialect="llamacpp").count_tokens(BODY) is None
+
+
 # -- headers and routes ------------------------------------------------------------------------------------------------
 
 
@@ -760,34 +1054,3 @@ def test_settings_that_cannot_work_are_refused(wrong: Json) -> None:
 
 def test_a_url_alone_names_its_upstream() -> None:
     assert settings_for("http://gpu-1:8000/v1").name == "gpu-1"
-
-
-# -- server-sent events ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("body", "payloads"),
-    [
-        (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
-        (b"data:a\n\n", [b"a"]),
-        (b"data: a\r\n\r\ndata: b\r\n\r\n", [b"a", b"b"]),
-        (b"data: a\r\rdata: b\r\r", [b"a", b"b"]),
-        (b"data: [1,\ndata: 2]\n\n", [b"[1,\n2]"]),
-        (b": ping\n\n: ping\ndata: a\n\n", [b"a"]),
-        (b"event: message\nid: 1\nretry: 5\ndata: a\n\n", [b"a"]),
-        (b"\n\n\ndata: a\n\n\n\n", [b"a"]),
-        (b"data: [DONE] \n\n", [b"[DONE]"]),
-        (b"data: a\n\ndata: b", [b"a", b"b"]),
-        (b"data: a\n\ndata: b\r", [b"a", b"b"]),
-        (b"data:\n\nevent: ping\n\n", []),
-        (b'event: error\ndata: {"message":"m"}\n\n', [b'{"error":{"message":"m"}}']),
-        (b'event:error\ndata: {"error":"m"}\n\n', [b'{"error":"m"}']),
-        (b'\n\n{"choices":[]}\n', [b'{"choices":[]}']),
-        (b"", []),
-    ],
-)
-def test_the_decoder_finds_the_payloads(body: bytes, payloads: list[bytes]) -> None:
-    decoder = SSEDecoder()
-    assert decoder.feed(body) + decoder.flush() == payloads
-    decoder = SSEDecoder()
-    assert [p for n in range(len(body)) for p in decoder.feed(body[n : n + 1])] + decoder.flush() == payloads

@@ -14,7 +14,7 @@ from wire_reader import Transcript, transcript, transcripts
 
 from errors import UpstreamError
 from refusals import raise_if_error, refusal
-from upstream import SSEDecoder
+from sse import SSEDecoder
 
 Json = dict[str, Any]
 ALL = transcripts()
