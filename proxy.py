@@ -60,6 +60,7 @@ from errors import (
 from event_log import Follower
 from frames import DONE, encode
 from jobs import CLEAR, jobs_table
+from keys import load_keys
 from leases import Leases
 from metrics import CONTENT_TYPE, Metrics
 from once import Once
@@ -67,7 +68,7 @@ from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
 from run_verbs import RunStore
-from sealing import Seals, load_keys
+from sealing import Seals
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sources import Ids, Sources
 from store import StoreSettings, open_store

@@ -7,30 +7,19 @@ Source: NIST SP 800-38D, which allows 2**32 random nonces a key.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from keys import KEY_BYTES
+
 PREFIX = "rp1_"
-KEY_BYTES = 32
 KEY_ID_BYTES = 4
 NONCE_BYTES = 12
 HEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES
 SIZE_BYTES = 4
-
-
-@dataclass(frozen=True)
-class SealingSettings:
-    """The section `[sealing]`: keys in base64, of which the first seals and all open."""
-
-    keys: tuple[str, ...] = ()
 
 
 class Seals:
@@ -96,51 +85,3 @@ def _decrypted(aead: AESGCM, raw: bytes, bound_to: bytes) -> bytes | None:
         return aead.decrypt(raw[KEY_ID_BYTES:HEAD_BYTES], raw[HEAD_BYTES:], bound_to)
     except (InvalidTag, OverflowError):  # OverflowError: more than 2**31 bytes
         return None
-
-
-# -- keys --------------------------------------------------------------------------------------------------------------
-
-
-def load_keys(settings: SealingSettings, key_file: Path | None) -> tuple[bytes, ...]:
-    """The keys of the settings, or else of the file, which is made when missing; without a file, one for this process.
-
-    Raises: ValueError for a malformed key, OSError for a file that cannot be read or made.
-    """
-    if settings.keys:
-        return _parse_keys(settings.keys, "sealing.keys")
-    if key_file is None:
-        return (os.urandom(KEY_BYTES),)
-    if not key_file.exists():
-        _make(key_file)
-    return _parse_keys(key_file.read_text("latin-1").split(), str(key_file))
-
-
-def _make(key_file: Path) -> None:
-    """Of processes that start at once, the first to link its file makes the key, and nobody sees half a file."""
-    handle, name = tempfile.mkstemp(dir=key_file.parent, prefix=f".{key_file.name}.")  # has mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(name, key_file)
-    finally:
-        os.unlink(name)
-
-
-def _parse_keys(texts: Sequence[str], where: str) -> tuple[bytes, ...]:
-    """The message names the place and never the key."""
-    keys = tuple(map(_key_bytes, texts))
-    wrong = [n for n, key in enumerate(keys, 1) if len(key) != KEY_BYTES]
-    if wrong or not keys:
-        raise ValueError(f"Invalid key {(wrong or [1])[0]} in {where}: expected base64 of {KEY_BYTES} bytes.")
-    return keys
-
-
-def _key_bytes(text: str) -> bytes:
-    standard = text.strip().replace("-", "+").replace("_", "/").rstrip("=") + "="
-    try:
-        return base64.b64decode(standard, validate=True)
-    except ValueError:
-        return b""
