@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -22,16 +24,26 @@ HEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES
 SIZE_BYTES = 4
 
 
-class Seals:
-    """Seals with the first key and opens with all. Raises: ValueError for no key, or one of a wrong size."""
+@dataclass(frozen=True)
+class SealingSettings:
+    """The section `[sealing]`: keys in base64, of which the first seals and all open."""
 
-    def __init__(self, keys: tuple[bytes, ...]) -> None:
-        if not keys or any(len(key) != KEY_BYTES for key in keys):
-            raise ValueError(f"Sealing needs at least one key, each of {KEY_BYTES} bytes.")
-        self._keys = [(hashlib.sha256(key).digest()[:KEY_ID_BYTES], AESGCM(key)) for key in keys]
+    keys: tuple[str, ...] = ()
+
+
+class Seals:
+    """Seals with the first key and opens with all; `changed` tells the keys of now, or none where they are the same.
+
+    Raises: ValueError for no key, or one of a wrong size.
+    """
+
+    def __init__(self, keys: tuple[bytes, ...], changed: Callable[[], tuple[bytes, ...]] = tuple) -> None:
+        self._keys = _with_ids(keys)
+        self._changed = changed
 
     def seal(self, kind: str, owner: str, item_id: str, payload: bytes) -> str:
         """A blob that `open` takes for the same kind, owner and item only."""
+        self._take_over()
         key_id, aead = self._keys[0]
         nonce = os.urandom(NONCE_BYTES)
         sealed = aead.encrypt(nonce, _named(item_id) + payload, _named(kind) + _named(owner))
@@ -50,14 +62,28 @@ class Seals:
     def _opened(self, kind: str, owner: str, blob: str) -> tuple[str, bytes] | None:
         """The item and the payload."""
         raw = _decoded(blob)
-        for key_id, aead in self._keys:
-            if raw[:KEY_ID_BYTES] != key_id:
-                continue
+        for aead in self._of(raw[:KEY_ID_BYTES]):
             inner = _decrypted(aead, raw, _named(kind) + _named(owner))
             if inner is not None:
                 end = SIZE_BYTES + int.from_bytes(inner[:SIZE_BYTES], "big")
                 return inner[SIZE_BYTES:end].decode(errors="surrogatepass"), inner[end:]
         return None
+
+    def _of(self, key_id: bytes) -> list[AESGCM]:
+        """The keys of an id, which may be one that another process made since."""
+        if key_id and all(key_id != known for known, _ in self._keys):
+            self._take_over()
+        return [aead for known, aead in self._keys if known == key_id]
+
+    def _take_over(self) -> None:
+        if keys := self._changed():
+            self._keys = _with_ids(keys)
+
+
+def _with_ids(keys: tuple[bytes, ...]) -> list[tuple[bytes, AESGCM]]:
+    if not keys or any(len(key) != KEY_BYTES for key in keys):
+        raise ValueError(f"Sealing needs at least one key, each of {KEY_BYTES} bytes.")
+    return [(hashlib.sha256(key).digest()[:KEY_ID_BYTES], AESGCM(key)) for key in keys]
 
 
 def _named(text: str) -> bytes:

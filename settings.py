@@ -20,8 +20,8 @@ import msgspec
 from auth import AuthSettings
 from background import BackgroundSettings
 from errors import Json
-from keys import SealingSettings
 from request import RequestLimits
+from sealing import SealingSettings
 from store import StoreSettings
 from streaming import ReasoningSettings
 from turns import TurnSettings

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keys import KeyFile, load_keys, rotate_keys
 from sealing import HEAD_BYTES, Seals
 
 OLD, NEW = b"o" * 32, b"\xfb\xff" * 16
@@ -131,3 +135,102 @@ def test_no_string_raises(blob: str) -> None:
 def test_seals_need_keys_of_32_bytes(keys: tuple[bytes, ...]) -> None:
     with pytest.raises(ValueError, match=r"^Sealing needs at least one key, each of 32 bytes\.$"):
         Seals(keys)
+
+
+# -- keys that change --------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """Seals as a process has them, on a key file that it shares with others."""
+
+    def __init__(self, file: Path) -> None:
+        self.seals = Seals(load_keys((), file), KeyFile(file).changed)
+
+    def seal(self) -> str:
+        return self.seals.seal("reasoning", "alice", "rs_1", b"a thought")
+
+    def opens(self, blob: str) -> bool:
+        return self.seals.open("reasoning", "alice", "rs_1", blob) == b"a thought"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "key"
+
+
+def is_of_first_key(blob: str, file: Path) -> bool:
+    return Seals(load_keys((), file)[:1]).item_id("reasoning", "alice", blob) == "rs_1"
+
+
+def test_processes_on_one_file_understand_each_other_during_a_rotation(file: Path) -> None:
+    running, sealing = Process(file), Process(file)
+    before = sealing.seal()
+    rotate_keys((), file)
+    started = Process(file)
+    blobs = [before, started.seal(), sealing.seal(), running.seal()]
+    assert [[process.opens(blob) for blob in blobs] for process in (running, sealing, started)] == [[True] * 4] * 3
+
+
+def test_a_blob_by_a_new_key_opens_without_a_restart(file: Path) -> None:
+    running = Process(file)
+    rotate_keys((), file)
+    assert running.opens(Process(file).seal())
+
+
+def test_a_blob_by_a_new_key_names_its_item_without_a_restart(file: Path) -> None:
+    running = Process(file)
+    rotate_keys((), file)
+    assert running.seals.item_id("reasoning", "alice", Process(file).seal()) == "rs_1"
+
+
+def test_a_lone_process_seals_with_the_new_key_after_a_rotation(file: Path) -> None:
+    running = Process(file)
+    running.seal()
+    rotate_keys((), file)
+    assert is_of_first_key(running.seal(), file)
+
+
+def test_several_rotations_are_taken_over_in_one_look(file: Path) -> None:
+    running = Process(file)
+    blobs = []
+    for _ in range(3):
+        rotate_keys((), file)
+        blobs.append(Process(file).seal())
+    assert [running.opens(blob) for blob in blobs] == [True] * 3
+
+
+def test_a_key_that_was_taken_out_of_the_file_opens_nothing_more(file: Path) -> None:
+    running = Process(file)
+    blob = running.seal()
+    rotate_keys((), file)
+    file.write_text(file.read_text().splitlines()[0])
+    assert running.opens(Process(file).seal())
+    assert not running.opens(blob)
+
+
+@pytest.mark.parametrize("break_it", [Path.unlink, lambda file: file.write_text("no key")])
+def test_a_file_that_is_gone_or_malformed_leaves_the_old_keys_in_force(
+    file: Path, break_it: Callable[[Path], object]
+) -> None:
+    running, other = Process(file), Process(file)
+    break_it(file)
+    assert not running.opens(Seals((NEW,)).seal("reasoning", "alice", "rs_1", b"a thought"))
+    assert other.opens(running.seal())
+
+
+def test_only_a_key_that_is_not_known_causes_a_look_at_the_file() -> None:
+    looks: list[None] = []
+    seals = Seals((OLD,), lambda: looks.append(None) or ())
+    for blob in (BLOB, BLOB[:-1], "rp1_", "", "garbage", "rp1_" + "!" * 40, BLOB[:-6] + "AAAAAA"):
+        seals.open("reasoning", "alice", "rs_1", blob)
+    assert looks == []
+    assert seals.open("reasoning", "alice", "rs_1", Seals((NEW,)).seal("reasoning", "alice", "rs_1", b"x")) is None
+    assert looks == [None]
+
+
+def test_blobs_that_nobody_made_do_not_make_it_read_the_file_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Process(file)
+    running.seal()
+    monkeypatch.delattr(Path, "read_text")
+    strange = [Seals((os.urandom(32),)).seal("reasoning", "alice", "rs_1", b"a thought") for _ in range(100)]
+    assert [running.opens(blob) for blob in strange] == [False] * 100
