@@ -60,6 +60,7 @@ from errors import (
 from event_log import Follower
 from frames import DONE, encode
 from jobs import CLEAR, jobs_table
+from keys import KeyFile, load_keys, rotate_keys
 from leases import Leases
 from metrics import CONTENT_TYPE, Metrics
 from once import Once
@@ -67,7 +68,7 @@ from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
 from run_verbs import RunStore
-from sealing import Seals, load_keys
+from sealing import Seals
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sources import Ids, Sources
 from store import StoreSettings, open_store
@@ -416,11 +417,18 @@ async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> 
 
 def make_seals(settings: Settings) -> Seals:
     """Raises: SettingsError."""
-    path = settings.store.path
+    given, key_file = settings.sealing.keys, key_file_of(settings)
     try:
-        return Seals(load_keys(settings.sealing, None if path == IN_MEMORY else Path(f"{path}.key")))
+        keys = load_keys(given, key_file)
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error
+    return Seals(keys) if given or key_file is None else Seals(keys, KeyFile(key_file).changed)
+
+
+def key_file_of(settings: Settings) -> Path | None:
+    """Beside the store, where that is a file."""
+    path = settings.store.path
+    return None if path == IN_MEMORY else Path(f"{path}.key")
 
 
 async def make_services(settings: Settings, store: RunStore, means: Means) -> Services:
@@ -502,7 +510,9 @@ app = Application(settings_of_environ)
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("serve", "check", "purge", "key", "jobs")
+COMMANDS = ("serve", "check", "purge", "key", "keys", "jobs")
+# Command -> what may follow it.
+WORDS: dict[str, tuple[str | None, ...]] = {"keys": ("rotate",)}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -510,6 +520,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="responses-proxy", description="The Responses API in front of any chat-completions backend."
     )
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="serve", help="serve is the default")
+    parser.add_argument("word", nargs="?", help="`keys rotate` puts a fresh sealing key first")
     parser.add_argument("--upstream", metavar="URL", help="base URL of the backend, e.g. http://localhost:11434/v1")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080)")
@@ -523,7 +534,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--watch", action="store_true", help="`jobs --watch` shows them again every second")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    words = WORDS.get(args.command, (None,))
+    if args.word not in words:
+        parser.error(f"after '{args.command}' comes {' or '.join(filter(None, words)) or 'no other word'}")
+    return args
 
 
 def version() -> str:
@@ -644,6 +659,18 @@ def print_key(settings: Settings) -> int:
     return 0
 
 
+def rotate(settings: Settings) -> int:
+    """The command `keys rotate`. Raises: SettingsError."""
+    key_file = key_file_of(settings)
+    try:
+        print(rotate_keys(settings.sealing.keys, key_file))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    except OSError as error:
+        raise SettingsError(f"{key_file}: {error.strerror}") from error
+    return 0
+
+
 async def _check_one(upstream: Upstream) -> bool:
     where = f"{upstream.settings.name} ({upstream.settings.base_url})"
     try:
@@ -658,6 +685,10 @@ async def _check_one(upstream: Upstream) -> bool:
         window = await upstream.window_tokens(model)
         print(f"  {model}: window {f'{window} tokens' if window else 'not told'}")
     return True
+
+
+# Commands that need neither a store nor a backend.
+COMMANDS_ALONE: dict[str, Callable[[Settings], int]] = {"key": print_key, "keys": rotate}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -679,8 +710,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace, settings: Settings) -> int:
     """The exit code of a command. Raises: SettingsError, StoreError."""
-    if args.command == "key":
-        return print_key(settings)
+    if args.command in COMMANDS_ALONE:
+        return COMMANDS_ALONE[args.command](settings)
     if args.command in ("purge", "jobs") or (args.command == "check" and args.store is not None):
         if not Path(settings.store.path).is_file():
             raise SettingsError(f"store.path: there is no file '{settings.store.path}'")

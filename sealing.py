@@ -7,19 +7,17 @@ Source: NIST SP 800-38D, which allows 2**32 random nonces a key.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from keys import KEY_BYTES
+
 PREFIX = "rp1_"
-KEY_BYTES = 32
 KEY_ID_BYTES = 4
 NONCE_BYTES = 12
 HEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES
@@ -34,15 +32,18 @@ class SealingSettings:
 
 
 class Seals:
-    """Seals with the first key and opens with all. Raises: ValueError for no key, or one of a wrong size."""
+    """Seals with the first key and opens with all; `changed` tells the keys of now, or none where they are the same.
 
-    def __init__(self, keys: tuple[bytes, ...]) -> None:
-        if not keys or any(len(key) != KEY_BYTES for key in keys):
-            raise ValueError(f"Sealing needs at least one key, each of {KEY_BYTES} bytes.")
-        self._keys = [(hashlib.sha256(key).digest()[:KEY_ID_BYTES], AESGCM(key)) for key in keys]
+    Raises: ValueError for no key, or one of a wrong size.
+    """
+
+    def __init__(self, keys: tuple[bytes, ...], changed: Callable[[], tuple[bytes, ...]] = tuple) -> None:
+        self._keys = _with_ids(keys)
+        self._changed = changed
 
     def seal(self, kind: str, owner: str, item_id: str, payload: bytes) -> str:
         """A blob that `open` takes for the same kind, owner and item only."""
+        self._take_over()
         key_id, aead = self._keys[0]
         nonce = os.urandom(NONCE_BYTES)
         sealed = aead.encrypt(nonce, _named(item_id) + payload, _named(kind) + _named(owner))
@@ -61,14 +62,28 @@ class Seals:
     def _opened(self, kind: str, owner: str, blob: str) -> tuple[str, bytes] | None:
         """The item and the payload."""
         raw = _decoded(blob)
-        for key_id, aead in self._keys:
-            if raw[:KEY_ID_BYTES] != key_id:
-                continue
+        for aead in self._of(raw[:KEY_ID_BYTES]):
             inner = _decrypted(aead, raw, _named(kind) + _named(owner))
             if inner is not None:
                 end = SIZE_BYTES + int.from_bytes(inner[:SIZE_BYTES], "big")
                 return inner[SIZE_BYTES:end].decode(errors="surrogatepass"), inner[end:]
         return None
+
+    def _of(self, key_id: bytes) -> list[AESGCM]:
+        """The keys of an id, which may be one that another process made since."""
+        if key_id and all(key_id != known for known, _ in self._keys):
+            self._take_over()
+        return [aead for known, aead in self._keys if known == key_id]
+
+    def _take_over(self) -> None:
+        if keys := self._changed():
+            self._keys = _with_ids(keys)
+
+
+def _with_ids(keys: tuple[bytes, ...]) -> list[tuple[bytes, AESGCM]]:
+    if not keys or any(len(key) != KEY_BYTES for key in keys):
+        raise ValueError(f"Sealing needs at least one key, each of {KEY_BYTES} bytes.")
+    return [(hashlib.sha256(key).digest()[:KEY_ID_BYTES], AESGCM(key)) for key in keys]
 
 
 def _named(text: str) -> bytes:
@@ -96,51 +111,3 @@ def _decrypted(aead: AESGCM, raw: bytes, bound_to: bytes) -> bytes | None:
         return aead.decrypt(raw[KEY_ID_BYTES:HEAD_BYTES], raw[HEAD_BYTES:], bound_to)
     except (InvalidTag, OverflowError):  # OverflowError: more than 2**31 bytes
         return None
-
-
-# -- keys --------------------------------------------------------------------------------------------------------------
-
-
-def load_keys(settings: SealingSettings, key_file: Path | None) -> tuple[bytes, ...]:
-    """The keys of the settings, or else of the file, which is made when missing; without a file, one for this process.
-
-    Raises: ValueError for a malformed key, OSError for a file that cannot be read or made.
-    """
-    if settings.keys:
-        return _parse_keys(settings.keys, "sealing.keys")
-    if key_file is None:
-        return (os.urandom(KEY_BYTES),)
-    if not key_file.exists():
-        _make(key_file)
-    return _parse_keys(key_file.read_text("latin-1").split(), str(key_file))
-
-
-def _make(key_file: Path) -> None:
-    """Of processes that start at once, the first to link its file makes the key, and nobody sees half a file."""
-    handle, name = tempfile.mkstemp(dir=key_file.parent, prefix=f".{key_file.name}.")  # has mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(name, key_file)
-    finally:
-        os.unlink(name)
-
-
-def _parse_keys(texts: Sequence[str], where: str) -> tuple[bytes, ...]:
-    """The message names the place and never the key."""
-    keys = tuple(map(_key_bytes, texts))
-    wrong = [n for n, key in enumerate(keys, 1) if len(key) != KEY_BYTES]
-    if wrong or not keys:
-        raise ValueError(f"Invalid key {(wrong or [1])[0]} in {where}: expected base64 of {KEY_BYTES} bytes.")
-    return keys
-
-
-def _key_bytes(text: str) -> bytes:
-    standard = text.strip().replace("-", "+").replace("_", "/").rstrip("=") + "="
-    try:
-        return base64.b64decode(standard, validate=True)
-    except ValueError:
-        return b""

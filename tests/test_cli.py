@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -11,12 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
 import pytest
 from conftest import ROOT
-from scripted import DEADLINE_S, END, Backend, Script, chunk
+from scripted import DEADLINE_S, END, Backend, Script, chunk, plain
 
 from jobs import CLEAR
 from store import StoreSettings, open_store
@@ -375,3 +377,92 @@ async def test_a_table_is_there_at_once_for_who_reads_it_through_a_pipe(file: Pa
     """The first table is not kept in a buffer until the second one comes."""
     async with watched(file) as jobs:
         assert (await next_table(jobs)).startswith("RESPONSE")
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_rotated_beside_the_store(tmp_path: Path) -> None:
+    file = tmp_path / "responses.db.key"
+    first, second = (run("keys", "rotate", "--store", str(tmp_path / "responses.db")) for _ in range(2))
+    assert (first.returncode, first.stdout, first.stderr) == (0, f"{file}: made, with 1 key\n", "")
+    expected = "a fresh key is first now, of 2 keys; running processes take it over by themselves"
+    assert (second.returncode, second.stdout, second.stderr) == (0, f"{file}: {expected}\n", "")
+    assert [len(base64.b64decode(line)) for line in file.read_text().splitlines()] == [32, 32]
+
+
+def test_rotations_by_two_processes_at_once_lose_no_key(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: run("keys", "rotate", "--store", str(tmp_path / "responses.db")), range(2)))
+    assert [each.returncode for each in done] == [0, 0]
+    assert len((tmp_path / "responses.db.key").read_text().splitlines()) == 2
+
+
+def test_a_flag_may_stand_between_the_words_of_a_command(tmp_path: Path) -> None:
+    done = run("keys", "--store", str(tmp_path / "responses.db"), "rotate")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_key_for_the_settings_is_printed() -> None:
+    key = base64.b64encode(bytes(32)).decode()
+    done = run("keys", "rotate", RESPONSES_PROXY_SEALING__KEYS=key)
+    said, fresh = done.stdout.splitlines()
+    assert (done.returncode, len(base64.b64decode(fresh)), fresh == key) == (0, 32, False)
+    assert said == "sealing.keys is set, so no key file is used: put this key first there, before the others"
+
+
+def test_a_store_in_memory_has_no_keys_to_rotate() -> None:
+    done = run("keys", "rotate")
+    expected = "store.path: ':memory:' has no key file to rotate; name a file, or set sealing.keys"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"responses-proxy: {expected}\n")
+
+
+def test_a_key_file_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    done = run("keys", "rotate", "--store", str(tmp_path / "no" / "responses.db"))
+    expected = f"responses-proxy: {tmp_path / 'no' / 'responses.db.key'}: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_malformed_key_file_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "responses.db.key"
+    file.write_text("no key")
+    done = run("keys", "rotate", "--store", str(tmp_path / "responses.db"))
+    expected = f"responses-proxy: Invalid key 1 in {file}: expected base64 of 32 bytes.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["keys"], "after 'keys' comes rotate"),
+        (["keys", "spin"], "after 'keys' comes rotate"),
+        (["check", "rotate"], "after 'check' comes no other word"),
+        (["serve", "rotate"], "after 'serve' comes no other word"),
+        (["keys", "rotate", "rotate"], "unrecognized arguments: rotate"),
+    ],
+)
+def test_a_word_too_few_or_too_many_is_refused(arguments: list[str], expected: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (
+        2,
+        "",
+        f"responses-proxy: error: {expected}",
+    )
+
+
+async def test_a_running_process_takes_rotated_keys_over(backend: Backend, tmp_path: Path) -> None:
+    """What another sealed with the new key, it gives back to the backend, without a restart."""
+    store = str(tmp_path / "responses.db")
+    question = {"type": "message", "role": "user", "content": "Hi"}
+    backend.script(plain("Ulm.", reasoning_content="By the Danube."), plain())
+    async with served(backend, "--store", store) as running, aiohttp.ClientSession() as session:
+        await asyncio.to_thread(run, "keys", "rotate", "--store", store)
+        async with (
+            served(backend, "--store", store) as started_later,
+            session.post(f"{started_later.url}/v1/responses", json={**HI, "store": False}) as answer,
+        ):
+            output = (await answer.json())["output"]
+        body = {**HI, "input": [question, *output, question]}
+        async with session.post(f"{running.url}/v1/responses", json=body) as answer:
+            assert (answer.status, answer.headers.get("x-responses-proxy-ignored")) == (200, None)
+    assert "encrypted_content" in output[0]

@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "run_tables": (1, 100, set()),
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
+    "keys": (1, 150, set()),
     "sealing": (1, 150, {"cryptography"}),
     "auth": (1, 150, {"msgspec"}),
     "replay": (1, 150, set()),

@@ -1,28 +1,23 @@
-"""What is sealed opens for the same kind, owner and item, and for nobody else; and where the keys come from."""
+"""What is sealed opens for the same kind, owner and item, and for nobody else."""
 
 from __future__ import annotations
 
 import base64
 import os
-import stat
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sealing import HEAD_BYTES, SealingSettings, Seals, load_keys
+from keys import KeyFile, load_keys, rotate_keys
+from sealing import HEAD_BYTES, Seals
 
-OLD, NEW = b"o" * 32, b"\xfb\xff" * 16  # the second has both letters in which the two base64 alphabets differ
+OLD, NEW = b"o" * 32, b"\xfb\xff" * 16
 SEALS = Seals((OLD,))
 BLOB = SEALS.seal("reasoning", "alice", "rs_1", b"a thought")
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-
-
-def b64(key: bytes) -> str:
-    return base64.b64encode(key).decode()
 
 
 def opened(blob: str, kind: str = "reasoning", owner: str = "alice", item_id: str | None = "rs_1") -> bytes | None:
@@ -142,112 +137,100 @@ def test_seals_need_keys_of_32_bytes(keys: tuple[bytes, ...]) -> None:
         Seals(keys)
 
 
-# -- keys --------------------------------------------------------------------------------------------------------------
+# -- keys that change --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", [b64(NEW), base64.urlsafe_b64encode(NEW).decode(), b64(NEW).rstrip("="), f" {b64(NEW)}\n"]
-)
-def test_a_key_is_base64_of_either_alphabet(text: str) -> None:
-    assert load_keys(SealingSettings((text, b64(OLD))), None) == (NEW, OLD)
+class Process:
+    """Seals as a process has them, on a key file that it shares with others."""
+
+    def __init__(self, file: Path) -> None:
+        self.seals = Seals(load_keys((), file), KeyFile(file).changed)
+
+    def seal(self) -> str:
+        return self.seals.seal("reasoning", "alice", "rs_1", b"a thought")
+
+    def opens(self, blob: str) -> bool:
+        return self.seals.open("reasoning", "alice", "rs_1", blob) == b"a thought"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "=",
-        "secret!",
-        "sécret",
-        "\ud800",
-        b64(OLD) * 2,
-        "!" + b64(OLD),
-        *(b64(b"k" * size) for size in (16, 29, 31, 33, 35, 64)),
-    ],
-)
-def test_a_malformed_key_is_refused_by_its_place_and_not_shown(text: str) -> None:
-    with pytest.raises(ValueError, match="key") as caught:
-        load_keys(SealingSettings((b64(OLD), text)), None)
-    assert str(caught.value) == "Invalid key 2 in sealing.keys: expected base64 of 32 bytes."
-    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "key"
 
 
-def test_keys_of_the_settings_leave_the_file_alone(tmp_path: Path) -> None:
-    assert load_keys(SealingSettings((b64(OLD),)), tmp_path / "key") == (OLD,)
-    assert list(tmp_path.iterdir()) == []
+def is_of_first_key(blob: str, file: Path) -> bool:
+    return Seals(load_keys((), file)[:1]).item_id("reasoning", "alice", blob) == "rs_1"
 
 
-def test_without_a_file_the_key_is_a_fresh_one() -> None:
-    keys = {load_keys(SealingSettings(), None) for _ in range(100)}
-    assert (len(keys), {len(key) for (key,) in keys}) == (100, {32})
+def test_processes_on_one_file_understand_each_other_during_a_rotation(file: Path) -> None:
+    running, sealing = Process(file), Process(file)
+    before = sealing.seal()
+    rotate_keys((), file)
+    started = Process(file)
+    blobs = [before, started.seal(), sealing.seal(), running.seal()]
+    assert [[process.opens(blob) for blob in blobs] for process in (running, sealing, started)] == [[True] * 4] * 3
 
 
-def test_a_missing_file_is_made_and_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "key"
-    made = load_keys(SealingSettings(), file)
-    assert load_keys(SealingSettings(), file) == made
-    assert file.read_text() == b64(made[0]) + "\n"
-    assert list(tmp_path.iterdir()) == [file]
+def test_a_blob_by_a_new_key_opens_without_a_restart(file: Path) -> None:
+    running = Process(file)
+    rotate_keys((), file)
+    assert running.opens(Process(file).seal())
 
 
-def test_a_file_that_is_there_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "key").write_text(b64(OLD))
-    monkeypatch.delattr(os, "link")
-    assert load_keys(SealingSettings(), tmp_path / "key") == (OLD,)
+def test_a_blob_by_a_new_key_names_its_item_without_a_restart(file: Path) -> None:
+    running = Process(file)
+    rotate_keys((), file)
+    assert running.seals.item_id("reasoning", "alice", Process(file).seal()) == "rs_1"
 
 
-def test_the_key_of_one_file_is_not_that_of_another(tmp_path: Path) -> None:
-    assert load_keys(SealingSettings(), tmp_path / "a") != load_keys(SealingSettings(), tmp_path / "b")
+def test_a_lone_process_seals_with_the_new_key_after_a_rotation(file: Path) -> None:
+    running = Process(file)
+    running.seal()
+    rotate_keys((), file)
+    assert is_of_first_key(running.seal(), file)
 
 
-def test_only_its_owner_may_read_the_file(tmp_path: Path) -> None:
-    before = os.umask(0)
-    try:
-        load_keys(SealingSettings(), tmp_path / "key")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+def test_several_rotations_are_taken_over_in_one_look(file: Path) -> None:
+    running = Process(file)
+    blobs = []
+    for _ in range(3):
+        rotate_keys((), file)
+        blobs.append(Process(file).seal())
+    assert [running.opens(blob) for blob in blobs] == [True] * 3
 
 
-def test_each_line_of_the_file_is_a_key_and_the_first_seals(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text(f"{b64(NEW)}\r\n\n{b64(OLD)}")
-    assert load_keys(SealingSettings(), tmp_path / "key") == (NEW, OLD)
+def test_a_key_that_was_taken_out_of_the_file_opens_nothing_more(file: Path) -> None:
+    running = Process(file)
+    blob = running.seal()
+    rotate_keys((), file)
+    file.write_text(file.read_text().splitlines()[0])
+    assert running.opens(Process(file).seal())
+    assert not running.opens(blob)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"secret\n", b"\xff\xfe", b64(OLD)[:-3].encode()])
-def test_a_file_without_a_good_key_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "key"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="key") as caught:
-        load_keys(SealingSettings(), file)
-    assert str(caught.value) == f"Invalid key 1 in {file}: expected base64 of 32 bytes."
-    assert file.read_bytes() == content
+@pytest.mark.parametrize("break_it", [Path.unlink, lambda file: file.write_text("no key")])
+def test_a_file_that_is_gone_or_malformed_leaves_the_old_keys_in_force(
+    file: Path, break_it: Callable[[Path], object]
+) -> None:
+    running, other = Process(file), Process(file)
+    break_it(file)
+    assert not running.opens(Seals((NEW,)).seal("reasoning", "alice", "rs_1", b"a thought"))
+    assert other.opens(running.seal())
 
 
-def test_who_comes_second_takes_the_key_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, link = tmp_path / "key", os.link
-
-    def link_too_late(source: str, target: Path) -> None:
-        file.write_text(b64(OLD))
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", link_too_late)
-    assert load_keys(SealingSettings(), file) == (OLD,)
-    assert list(tmp_path.iterdir()) == [file]
+def test_only_a_key_that_is_not_known_causes_a_look_at_the_file() -> None:
+    looks: list[None] = []
+    seals = Seals((OLD,), lambda: looks.append(None) or ())
+    for blob in (BLOB, BLOB[:-1], "rp1_", "", "garbage", "rp1_" + "!" * 40, BLOB[:-6] + "AAAAAA"):
+        seals.open("reasoning", "alice", "rs_1", blob)
+    assert looks == []
+    assert seals.open("reasoning", "alice", "rs_1", Seals((NEW,)).seal("reasoning", "alice", "rs_1", b"x")) is None
+    assert looks == [None]
 
 
-def test_who_start_at_once_have_one_key(tmp_path: Path) -> None:
-    start = threading.Barrier(8, timeout=10)
-
-    def load(_: int) -> tuple[bytes, ...]:
-        start.wait()
-        return load_keys(SealingSettings(), tmp_path / "key")
-
-    with ThreadPoolExecutor(8) as pool:
-        keys = set(pool.map(load, range(8)))
-    assert (len(keys), list(tmp_path.iterdir())) == (1, [tmp_path / "key"])
-
-
-def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load_keys(SealingSettings(), tmp_path / "no" / "key")
+def test_blobs_that_nobody_made_do_not_make_it_read_the_file_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Process(file)
+    running.seal()
+    monkeypatch.delattr(Path, "read_text")
+    strange = [Seals((os.urandom(32),)).seal("reasoning", "alice", "rs_1", b"a thought") for _ in range(100)]
+    assert [running.opens(blob) for blob in strange] == [False] * 100
