@@ -76,6 +76,7 @@ from stored import STORED_ROUTES, Stored, Visit, Work
 from turns import Asked, Means, Turn, Turns
 from upstream import Upstream, Upstreams
 from verbs import KeptResponse, Purged, Store
+from vocabulary import VOCABULARIES, VocabularyError, fetch
 from watching import Watcher
 
 log = logging.getLogger("responses_proxy")
@@ -510,9 +511,9 @@ app = Application(settings_of_environ)
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("serve", "check", "purge", "key", "keys", "jobs")
+COMMANDS = ("serve", "check", "purge", "key", "keys", "jobs", "fetch-vocab")
 # Command -> what may follow it.
-WORDS: dict[str, tuple[str | None, ...]] = {"keys": ("rotate",)}
+WORDS: dict[str, tuple[str | None, ...]] = {"keys": ("rotate",), "fetch-vocab": (None, *VOCABULARIES)}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -520,7 +521,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="responses-proxy", description="The Responses API in front of any chat-completions backend."
     )
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="serve", help="serve is the default")
-    parser.add_argument("word", nargs="?", help="`keys rotate` puts a fresh sealing key first")
+    parser.add_argument("word", nargs="?", help="keys: rotate; fetch-vocab: which vocabulary (o200k_base)")
     parser.add_argument("--upstream", metavar="URL", help="base URL of the backend, e.g. http://localhost:11434/v1")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080)")
@@ -652,15 +653,15 @@ async def show_jobs(settings: Settings, is_watched: bool) -> int:
     return 0
 
 
-def print_key(settings: Settings) -> int:
+def print_key(settings: Settings, word: str | None) -> int:
     """The command `key`: a fresh client key, shown this once, and its line for the section [auth.keys]."""
     key, hashed = new_key()
     print(f'for the client:    {key}\nfor [auth.keys]:   name = "{hashed}"')
     return 0
 
 
-def rotate(settings: Settings) -> int:
-    """The command `keys rotate`. Raises: SettingsError."""
+def rotate(settings: Settings, word: str | None) -> int:
+    """The command `keys rotate`: puts a fresh sealing key first. Raises: SettingsError."""
     key_file = key_file_of(settings)
     try:
         print(rotate_keys(settings.sealing.keys, key_file))
@@ -668,6 +669,17 @@ def rotate(settings: Settings) -> int:
         raise SettingsError(str(error)) from error
     except OSError as error:
         raise SettingsError(f"{key_file}: {error.strerror}") from error
+    return 0
+
+
+def fetch_vocabulary(settings: Settings, name: str | None) -> int:
+    """The command `fetch-vocab`: brings a vocabulary onto this machine, so that requests find it; 1 when it cannot."""
+    name = name or next(iter(VOCABULARIES))
+    try:
+        print(f"{name}: {fetch(name)}")
+    except VocabularyError as error:
+        print(f"responses-proxy: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -688,7 +700,11 @@ async def _check_one(upstream: Upstream) -> bool:
 
 
 # Commands that need neither a store nor a backend.
-COMMANDS_ALONE: dict[str, Callable[[Settings], int]] = {"key": print_key, "keys": rotate}
+COMMANDS_ALONE: dict[str, Callable[[Settings, str | None], int]] = {
+    "key": print_key,
+    "keys": rotate,
+    "fetch-vocab": fetch_vocabulary,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -711,7 +727,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(args: argparse.Namespace, settings: Settings) -> int:
     """The exit code of a command. Raises: SettingsError, StoreError."""
     if args.command in COMMANDS_ALONE:
-        return COMMANDS_ALONE[args.command](settings)
+        return COMMANDS_ALONE[args.command](settings, args.word)
     if args.command in ("purge", "jobs") or (args.command == "check" and args.store is not None):
         if not Path(settings.store.path).is_file():
             raise SettingsError(f"store.path: there is no file '{settings.store.path}'")

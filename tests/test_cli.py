@@ -438,6 +438,7 @@ def test_a_malformed_key_file_is_one_line(tmp_path: Path) -> None:
         (["keys", "spin"], "after 'keys' comes rotate"),
         (["check", "rotate"], "after 'check' comes no other word"),
         (["serve", "rotate"], "after 'serve' comes no other word"),
+        (["fetch-vocab", "words"], "after 'fetch-vocab' comes o200k_base or cl100k_base"),
         (["keys", "rotate", "rotate"], "unrecognized arguments: rotate"),
     ],
 )
@@ -466,3 +467,18 @@ async def test_a_running_process_takes_rotated_keys_over(backend: Backend, tmp_p
         async with session.post(f"{running.url}/v1/responses", json=body) as answer:
             assert (answer.status, answer.headers.get("x-responses-proxy-ignored")) == (200, None)
     assert "encrypted_content" in output[0]
+
+
+# -- vocabularies ------------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_cannot_be_reached_says_where_it_belongs(tmp_path: Path) -> None:
+    """Nothing listens where this process is told to go, whether or not the machine has a network."""
+    nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:1")
+    done = run("fetch-vocab", TIKTOKEN_CACHE_DIR=str(tmp_path), **nowhere)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (1, "", [])
+    first, second = done.stderr.splitlines()
+    address = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
+    place = tmp_path / "fb374d419588a4632f3f557e76b4b70aebbca790"
+    assert first == f"responses-proxy: {address} could not be fetched; it can be brought by hand, as {place}"
+    assert "Connection refused" in second

@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
     "keys": (1, 150, set()),
+    "vocabulary": (1, 100, {"tiktoken"}),
     "sealing": (1, 150, {"cryptography"}),
     "auth": (1, 150, {"msgspec"}),
     "replay": (1, 150, set()),
