@@ -211,6 +211,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not once:
             return
         item_id = once[which % len(once)]
+        self.keep_ahead_of(self.nodes)
         assert self.run(self.store.delete_conversation_item(owner, name, item_id, NOW)) is True
         for node in nodes:
             places = {p for p, item in enumerate(node.items) if item.id == item_id and p not in node.removed}
@@ -222,18 +223,25 @@ class StoreMachine(RuleBasedStateMachine):
         for node in self.nodes:
             if any(each in nodes for each in node.line):
                 node.ahead = None
+        for node in self.living:
+            assert node.saved is not None
+            window = self.run(self.store.window(node.owner, node.saved.id))
+            assert window is not None
+            assert window.ahead == node.ahead
 
-    @precondition(lambda self: any(node.saved for node in self.nodes))
     @rule(number=number)
     def keep_ahead(self, number: int) -> None:
-        nodes = [node for node in self.nodes if node.saved]
-        node = nodes[number % len(nodes)]
-        assert node.saved is not None
-        blob = b"ahead %d" % next(self.numbers) * (1 + number % 3 * 3000)
-        is_open = node.is_living and not node.saved.is_detached
-        assert self.run(self.store.keep_ahead(node.owner, node.saved.id, blob)) is is_open
-        if is_open:
-            node.ahead = blob
+        """Of every response, of every second one, …"""
+        self.keep_ahead_of(self.nodes[:: 1 + number % 3], 1 + number % 2 * 3000)
+
+    def keep_ahead_of(self, nodes: list[Node], times: int = 1) -> None:
+        for node in nodes:
+            if node.saved is None:
+                continue
+            blob = b"ahead %d" % next(self.numbers) * times
+            is_open = node.is_living and not node.saved.is_detached
+            assert self.run(self.store.keep_ahead(node.owner, node.saved.id, blob)) is is_open
+            node.ahead = blob if is_open else None
 
     @precondition(lambda self: self.living)
     @rule(number=number)
@@ -251,6 +259,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=number)
     def delete_conversation(self, number: int) -> None:
         name, owner, nodes = self.talk(number)
+        self.keep_ahead_of(self.nodes)
         assert self.run(self.store.delete_conversation(owner, name, NOW)) is True
         for node in nodes:
             node.is_living = node.is_living and node.saved is not None
