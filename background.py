@@ -21,9 +21,8 @@ import frames
 from auth import Caller
 from errors import InvalidRequest, ProxyError, StoreError
 from event_log import TRY_AGAIN_S, Logs, RunLog, persistently
-from metrics import Metrics
 from past import OwnPlace
-from records import bare_turn, decoded, identified, ignored_of, new_turn, restored
+from records import Notes, bare_turn, decoded, identified, ignored_of, new_turn, restored
 from request import TurnRequest
 from run_verbs import Batch, Held, NewRun, QueueLimits, Run, RunStore, Stopped
 from turns import Asked, Course, Means, Turns, begin
@@ -77,9 +76,7 @@ class Attempt(NamedTuple):
 class Background:
     """Takes runs in, and carries out as many at once as there are workers. `run` it; `stop` it before its store."""
 
-    def __init__(
-        self, store: RunStore, turns: Turns, means: Means, settings: BackgroundSettings, metrics: Metrics
-    ) -> None:
+    def __init__(self, store: RunStore, turns: Turns, means: Means, settings: BackgroundSettings) -> None:
         self.store = store
         self.watcher = means.watcher
         self.logs = Logs(store, means.watcher, means.sources.clock, settings.stream_retention_s)
@@ -88,7 +85,7 @@ class Background:
         self._seals = means.seals
         self._sources = means.sources
         self._settings = settings
-        self._metrics = metrics
+        self._metrics = means.metrics
         self._holder = means.sources.new_id("proc")
         self._attempts: dict[Held, Attempt] = {}
         # What others had written when its claims were looked at.
@@ -106,7 +103,7 @@ class Background:
         request, owner, now = asked.request, asked.caller.owner, self._sources.clock()
         response_id = self._sources.new_id("resp")
         response = {**begin(request, response_id, int(now)), "status": "queued"}
-        turn = new_turn(owner, response, identified(own, ItemIds(response_id)), request, ignored)
+        turn = new_turn(owner, response, identified(own, ItemIds(response_id)), request, Notes(ignored))
         run = NewRun(
             msgspec.structs.replace(turn, first_use=asked.first_use),
             request=msgspec.json.encode(msgspec.structs.replace(request, input=None)),
@@ -304,7 +301,7 @@ class Background:
         kept = await persistently(lambda: self.store.response(run.owner, run.response_id))
         if kept is not None:
             response = {**restored(kept), "status": "failed", "error": error.to_response_error()}
-            await run_log.settle(bare_turn(run.owner, response, ignored_of(kept)), [])
+            await run_log.settle(bare_turn(run.owner, response, Notes(ignored_of(kept))), [])
 
     def begin_to_stop(self) -> asyncio.Task[None]:
         """Carries nothing out any more, and gives what it held to whoever comes next."""

@@ -64,15 +64,15 @@ def _logprob(token: Json) -> Json:
     return {"token": token.get("token"), "bytes": token.get("bytes") or [], "logprob": token.get("logprob")}
 
 
-def usage_of(usage: Json) -> Json:
-    """Chat usage as Responses usage; a backend that gives no details counts zero.
+def usage_of(usage: Json, beside: Json | None = None) -> Json:
+    """Chat usage as Responses usage; a backend that gives no details counts zero. `beside`: Responses usage to add.
 
     Source: DeepSeek `prompt_cache_hit_tokens`, SGLang top-level `reasoning_tokens`.
     """
     prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     cached = usage.get("prompt_tokens_details") or {}
     produced = usage.get("completion_tokens_details") or {}
-    return {
+    counted = {
         "input_tokens": prompt,
         "input_tokens_details": {
             "cached_tokens": cached.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0,
@@ -83,6 +83,15 @@ def usage_of(usage: Json) -> Json:
             "reasoning_tokens": produced.get("reasoning_tokens") or usage.get("reasoning_tokens") or 0
         },
         "total_tokens": prompt + completion,
+    }
+    return counted if beside is None else joined_usage(counted, beside)
+
+
+def joined_usage(first: Json, second: Json) -> Json:
+    """The sum of two Responses usages."""
+    return {
+        key: joined_usage(value, second[key]) if isinstance(value, dict) else value + second[key]
+        for key, value in first.items()
     }
 
 

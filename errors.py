@@ -21,8 +21,7 @@ ProxyError                    500  server_error: anything that a client is told 
     └── UpstreamRefused            an error of its own, with its own status
         └── WindowExceeded    400  context_length_exceeded: the input is larger than the model's window
 
-Two vocabularies: an HTTP error body (`to_wire`) and the `error` of a failed response (`to_response_error`).
-Source: OpenAI error envelope and ResponseError.code of the openai SDK, read 2026-11-20.
+Two vocabularies, those of the openai SDK: an HTTP error body, and `ResponseError` of a failed response.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class ProxyError(Exception):
 
 
 class InvalidRequest(ProxyError):
-    status = 400
-    type = "invalid_request_error"
+    status, type = 400, "invalid_request_error"
 
 
 class MissingParameter(InvalidRequest):
@@ -149,5 +147,4 @@ class WindowExceeded(UpstreamRefused):
 
     def __init__(self, message: str, *, window_tokens: int | None = None, prompt_tokens: int | None = None) -> None:
         super().__init__(message, status=400, param="input", code="context_length_exceeded")
-        self.window_tokens = window_tokens
-        self.prompt_tokens = prompt_tokens
+        self.window_tokens, self.prompt_tokens = window_tokens, prompt_tokens

@@ -353,6 +353,12 @@ def _nothing(item: Json, at: At) -> list[Piece]:
     return []
 
 
+def _compaction(item: Json, at: At) -> list[Piece]:
+    """What it stands for is laid out before rendering."""
+    required(item, "encrypted_content", at.path, str)
+    return []
+
+
 @dataclass(frozen=True, slots=True)
 class ItemType:
     """What becomes of an input item type."""
@@ -401,8 +407,8 @@ ITEMS: dict[str, ItemType] = {
     "program": HOSTED,
     "program_output": HOSTED,
     "item_reference": ItemType(_needs("a reference cannot stand here"), "replaced by the stored item that it names"),
-    "compaction": ItemType(_needs("compaction is not in this version yet"), "400"),
-    "compaction_trigger": ItemType(_needs("compaction is not in this version yet"), "400"),
+    "compaction": ItemType(_compaction, "what it stands for: user messages, a record of the rest, the newest turns"),
+    "compaction_trigger": ItemType(_nothing, "last: the window is compacted, and the response is the compaction item"),
 }
 
 
@@ -412,3 +418,8 @@ def item_type(item: Json) -> str:
     if kind is not None:
         return kind if isinstance(kind, str) else ""
     return "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and item.get("id") else ""
+
+
+def is_from_user(item: Json) -> bool:
+    """Whether it is a message of the user."""
+    return item.get("role") == "user" and item_type(item) == "message"

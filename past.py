@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from folding import COMPACTION, Contents, folded, laid_out, opened
 from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed, with_blob_ids
 from leases import Lease, Leases
 from records import decoded
@@ -27,21 +28,26 @@ Json = dict[str, Any]
 
 # What sealed reasoning is bound to, beside its owner and id.
 REASONING = "reasoning"
-NOTHING: tuple[str, ...] = ()
 NO_WINDOW = Window("completed", [], 0)
 
 
 class Past(msgspec.Struct, frozen=True):
     """What a turn begins with. `release` it in every case.
 
-    `window`: all items for the model, oldest first; `own`: the request's, references replaced; `left_out`: names of
-    what could not be used.
+    `own`: the request's items, references replaced; `left_out`: names of what could not be used; `before`: the window
+    as the store gave it.
     """
 
-    window: list[Json]
+    contents: Contents
     own: list[Json]
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     lease: Lease | None = None
+    before: Window = NO_WINDOW
+
+    @property
+    def window(self) -> list[Json]:
+        """All items for the model, oldest first."""
+        return laid_out(self.contents)
 
     async def release(self) -> None:
         if self.lease is not None:
@@ -80,7 +86,7 @@ class Pasts:
         """
         items = request.items
         if _is_alone(request):
-            return Past(items, items, NOTHING)
+            return _alone(items)
         check_ids(items, "input")
         lease = await self._lock(request, owner, place)
         past = None
@@ -99,11 +105,11 @@ class Pasts:
         """
         items = request.items
         if _is_alone(request):
-            return Past(items, items, NOTHING), True
+            return _alone(items), True
         check_ids(items, "input")
         window = await self._window(request, owner, None)
         if window.status in UNFINISHED:
-            return Past([], await self._own(items, owner), NOTHING), False
+            return Past(folded([], []), await self._own(items, owner)), False
         return await self._found(request, owner, window, None), True
 
     async def _ended_window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
@@ -123,11 +129,15 @@ class Pasts:
         new = await self._own(request.items, owner)
         history = decoded(window.items)
         refuse_repeated(history, new)
-        kept, left_out = mended(history, window.newest, window.status == "completed", new)
+        open_fold = partial(self._seals.open, COMPACTION, owner)
+        contents = folded(opened(history, open_fold, HISTORY), opened(new, open_fold, "input"))
+        newest = len(contents.history) - (len(history) - window.newest)
+        kept, left_out = mended(contents.history, newest, window.status == "completed", contents.new)
         open_seal = partial(self._seals.open, REASONING, owner)
         earlier, lost = unsealed(kept, open_seal, HISTORY)
-        current, foreign = unsealed(new, open_seal, "input")
-        return Past(earlier + current, new, (*left_out, *lost, *foreign), lease)
+        current, foreign = unsealed(contents.new, open_seal, "input")
+        contents = msgspec.structs.replace(contents, history=earlier, new=current)
+        return Past(contents, new, (*left_out, *lost, *foreign), lease, window)
 
     async def _own(self, items: list[Json], owner: str) -> list[Json]:
         """The request's items as they are kept, but for ids that nobody gave. Raises: NotFound, StoreError."""
@@ -163,6 +173,10 @@ class Pasts:
         if window.status not in CONTINUED | UNFINISHED:
             raise cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
         return window
+
+
+def _alone(items: list[Json]) -> Past:
+    return Past(folded([], items), items)
 
 
 def _is_alone(request: TurnRequest) -> bool:

@@ -50,6 +50,7 @@ from answers import (
 )
 from auth import Owners, new_key
 from background import Background
+from counting import Counter, by_vocabulary
 from errors import (
     MethodNotAllowed,
     NotFound,
@@ -76,14 +77,17 @@ from stored import STORED_ROUTES, Stored, Visit, Work
 from turns import Asked, Means, Turn, Turns
 from upstream import Upstream, Upstreams
 from verbs import KeptResponse, Purged, Store
-from vocabulary import VOCABULARIES, VocabularyError, fetch
+from vocabulary import VOCABULARIES, VocabularyError, fetch, load
 from watching import Watcher
+from windows import WINDOW_ROUTES, Windows
+from windows import Work as WindowWork
 
 log = logging.getLogger("responses_proxy")
 
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 IN_MEMORY = ":memory:"
 PURGE_EVERY_S = 3600.0
+KEEP_LEARNED_EVERY_S = 10.0
 INTERRUPTED = 128 + signal.SIGINT
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 JOBS_EVERY_S = 1.0
@@ -241,6 +245,15 @@ class Edge:
         unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
         return EventStream(answer, ignored_headers(unused), self._keepalive_s)
 
+    async def window(self, request: Request, work: WindowWork) -> Response:
+        """Counts and compactions: a client that leaves stops them."""
+        caller = self._services.owners.caller(request.headers.get("authorization"))
+        raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
+        async with Watched(request.receive):
+            told = await work(self._services.windows, caller, raw)
+        names = {name.decode(): value.decode() for name, value in ignored_headers(told.ignored)}
+        return json_response(told.body, headers=names)
+
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
         return json_response({"status": "ok"})
@@ -258,6 +271,10 @@ def routes(edge: Edge) -> list[Route]:
         found += [
             Route(prefix + path, partial(edge.visit, work=work), methods=[method])
             for (method, path), work in STORED_ROUTES.items()
+        ]
+        found += [
+            Route(prefix + path, partial(edge.window, work=window_work), methods=[method])
+            for (method, path), window_work in WINDOW_ROUTES.items()
         ]
     return found
 
@@ -375,6 +392,7 @@ class Services:
     turns: Turns
     background: Background
     stored: Stored
+    windows: Windows
     once: Once
     owners: Owners
     metrics: Metrics
@@ -395,11 +413,15 @@ async def opened(settings: Settings) -> AsyncIterator[ASGIApp]:
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
         watcher = Watcher(store)
-        means = Means(upstreams, leases, make_seals(settings), sources, watcher)
+        counter = await make_counter(settings.compaction.vocabulary)
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
         services = await make_services(settings, store, means)
+        stack.push_async_callback(services.turns.ahead.close)
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
-        for work in (upstreams.look(), purging, kept_up(watcher.run), background.run()):
+        means.counter.remember(await store.learned())
+        learning = keep_learned_again_and_again(store, means.counter)
+        for work in (upstreams.look(), purging, kept_up(watcher.run), background.run(), learning):
             stack.push_async_callback(ended, asyncio.create_task(work))
         stack.push_async_callback(background.stop)
         stack.enter_context(told_to_stop(background))
@@ -414,6 +436,12 @@ async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> 
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
+
+
+async def make_counter(name: str) -> Counter:
+    """Counts by the vocabulary where it is on disk, else by bytes."""
+    tokens_in = None if name == "off" else await asyncio.to_thread(load, name)
+    return Counter(by_vocabulary(tokens_in), name) if tokens_in else Counter()
 
 
 def make_seals(settings: Settings) -> Seals:
@@ -438,11 +466,11 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
         owners = Owners(settings.auth, await store.secret("owner"))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    turns = Turns(means, settings.turns, settings.reasoning)
-    metrics = Metrics()
-    background = Background(store, turns, means, settings.background, metrics)
+    turns = Turns(means, settings.turns, settings.reasoning, settings.compaction)
+    background = Background(store, turns, means, settings.background)
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
-    return Services(turns, background, stored, Once(means.leases), owners, metrics)
+    windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
+    return Services(turns, background, stored, windows, Once(means.leases), owners, means.metrics)
 
 
 @contextlib.contextmanager
@@ -494,6 +522,23 @@ async def purge_again_and_again(store: Store, settings: StoreSettings, sources: 
         except Exception:
             log.exception("could not purge")
         await asyncio.sleep(PURGE_EVERY_S)
+
+
+async def keep_learned_again_and_again(store: Store, counter: Counter) -> None:
+    """What was learned about models survives a restart."""
+    while True:
+        try:
+            await asyncio.sleep(KEEP_LEARNED_EVERY_S)
+        finally:
+            await keep_learned(store, counter)
+
+
+async def keep_learned(store: Store, counter: Counter) -> None:
+    if facts := counter.changed():
+        try:
+            await store.keep_learned(facts)
+        except StoreError as error:
+            log.warning("what was learned of models could not be kept: %s", error.message)
 
 
 async def purge(store: Store, settings: StoreSettings, now: float) -> Purged:

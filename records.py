@@ -1,4 +1,4 @@
-"""A response as it is kept, and as clients see it again; items and lists as the routes show them.
+"""A response as it is kept, and as clients see it again.
 
 May not do I/O. What the responses of a chain share is kept apart from what is one response's own.
 Source: Response, ResponseItem and ResponseIncludable of the openai SDK 3.52, read 2026-11-20.
@@ -6,7 +6,7 @@ Source: Response, ResponseItem and ResponseIncludable of the openai SDK 3.52, re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ import orjson
 
 from request import TurnRequest
 from tools import CALL_ID_PREFIX
-from verbs import Conversation, KeptResponse, Listed, NewItem, NewTurn
+from verbs import KeptResponse, NewItem, NewTurn
 
 Json = dict[str, Any]
 
@@ -27,14 +27,30 @@ OWN_KEYS = frozenset(
 BODY_KEYS = ("error", "incomplete_details", "metadata", "conversation")
 
 
-def settings_and_body(response: Json, ignored: tuple[str, ...] = ()) -> tuple[bytes, bytes]:
-    """The two parts of a response that are kept beside its items; `ignored` names what was left out of the request."""
+class Notes(msgspec.Struct, frozen=True):
+    """What is kept beside a response.
+
+    `ignored` names what was left out of its request; `window_tokens`: of the window with the answer, where the usage
+    does not tell; 0: nobody knows.
+    """
+
+    ignored: tuple[str, ...] = ()
+    window_tokens: int | None = None
+
+
+NO_NOTES = Notes()
+
+
+def settings_and_body(response: Json, notes: Notes = NO_NOTES) -> tuple[bytes, bytes]:
+    """The two parts of a response that are kept beside its items."""
     settings = {key: value for key, value in response.items() if key not in OWN_KEYS}
     body = {key: response[key] for key in BODY_KEYS if response.get(key)}
     if response["usage"]:
         body["usage"] = _packed(response["usage"])
-    if ignored:
-        body["ignored"] = ignored
+    if notes.ignored:
+        body["ignored"] = notes.ignored
+    if notes.window_tokens is not None:
+        body["window_tokens"] = notes.window_tokens
     return orjson.dumps(settings), orjson.dumps(body)
 
 
@@ -42,7 +58,8 @@ def restored(kept: KeptResponse) -> Json:
     """The response again, every key of it."""
     body = orjson.loads(kept.body)
     usage = body.pop("usage", None)
-    body.pop("ignored", None)
+    for note in Notes.__struct_fields__:
+        body.pop(note, None)
     return {
         "id": kept.id,
         "object": "response",
@@ -64,6 +81,18 @@ def restored(kept: KeptResponse) -> Json:
 def ignored_of(kept: KeptResponse) -> tuple[str, ...]:
     """The names of what was left out of the request."""
     return tuple(orjson.loads(kept.body).get("ignored", ()))
+
+
+def counted_tokens(body: bytes) -> int | None:
+    """Of the window that ends with a response, as the backend counted them; None where it did not.
+
+    body: as it was kept.
+    """
+    kept = orjson.loads(body) if body else {}
+    tokens: int | None = kept.get("window_tokens")
+    if tokens is None and "usage" in kept:
+        tokens = kept["usage"][-1]
+    return tokens or None
 
 
 def _packed(usage: Json) -> list[int]:
@@ -93,12 +122,10 @@ def decoded(items: list[bytes]) -> list[Json]:
 DETACHED = {False: ("failed",), True: ("failed", "queued")}
 
 
-def new_turn(
-    owner: str, response: Json, inputs: list[Json], request: TurnRequest, ignored: tuple[str, ...] = ()
-) -> NewTurn:
+def new_turn(owner: str, response: Json, inputs: list[Json], request: TurnRequest, notes: Notes = NO_NOTES) -> NewTurn:
     """What the store is given of a response that is queued or has ended; inputs: its own items, identified."""
     return msgspec.structs.replace(
-        bare_turn(owner, response, ignored),
+        bare_turn(owner, response, notes),
         inputs=new_items(inputs),
         previous_id=request.previous_response_id,
         conversation_id=request.conversation_id,
@@ -106,9 +133,9 @@ def new_turn(
     )
 
 
-def bare_turn(owner: str, response: Json, ignored: tuple[str, ...] = ()) -> NewTurn:
+def bare_turn(owner: str, response: Json, notes: Notes = NO_NOTES) -> NewTurn:
     """What the store is given of a response alone, without what it continues."""
-    settings, body = settings_and_body(response, ignored)
+    settings, body = settings_and_body(response, notes)
     return NewTurn(
         id=response["id"],
         owner=owner,
@@ -159,92 +186,3 @@ def new_items(items: list[Json], *, begins_window: bool = False) -> tuple[NewIte
 def _new_item(item: Json, begins_window: bool) -> NewItem:
     kind = item["type"]
     return NewItem(item["id"], orjson.dumps(item), kind not in UNLISTED, begins_window and kind == "compaction")
-
-
-# -- as the routes show it ---------------------------------------------------------------------------------------------
-
-
-def _without(key: str) -> Callable[[Json], Json]:
-    return lambda value: {name: inner for name, inner in value.items() if name != key}
-
-
-def _without_logprobs(part: Json) -> Json:
-    return {**part, "logprobs": []} if part.get("logprobs") else part
-
-
-# What `include` has to ask for -> the type of the item or part that holds it, and the same without it.
-INCLUDED: dict[str, tuple[str, Callable[[Json], Json]]] = {
-    "reasoning.encrypted_content": ("reasoning", _without("encrypted_content")),
-    "message.output_text.logprobs": ("output_text", _without_logprobs),
-    "message.input_image.image_url": ("input_image", _without("image_url")),
-    "computer_call_output.output.image_url": ("computer_screenshot", _without("image_url")),
-}
-PARTS_KEYS = ("content", "output")
-TEXT_TYPE = {"assistant": "output_text"}
-
-
-def shown(item: Json, include: Collection[str]) -> Json:
-    """An item with what was asked for: heavy fields are left out unless `include` names them."""
-    for name, (kind, without) in INCLUDED.items():
-        if name in include:
-            continue
-        if item.get("type") == kind:
-            item = without(item)
-        for key in PARTS_KEYS:
-            item = _with_parts(item, key, kind, without)
-    return item
-
-
-def _with_parts(item: Json, key: str, kind: str, without: Callable[[Json], Json]) -> Json:
-    parts = item.get(key)
-    if isinstance(parts, dict) and _is(parts, kind):
-        return {**item, key: without(parts)}
-    if isinstance(parts, list) and any(_is(part, kind) for part in parts):
-        return {**item, key: [without(part) if _is(part, kind) else part for part in parts]}
-    return item
-
-
-def _is(part: Any, kind: str) -> bool:
-    return isinstance(part, dict) and part.get("type") == kind
-
-
-# Types whose items have a status in lists, even where clients sent none. Source: ResponseItem, ConversationItem.
-WITH_STATUS = frozenset({"message", *CALL_ID_PREFIX, *OUTPUT_ID_PREFIX})
-
-
-def listed_item(item: Json, include: Collection[str]) -> Json:
-    """An item as lists show it: content in parts, and what its type must have."""
-    if item["type"] == "message":
-        item = {**item, "content": [_listed_part(part) for part in _parts(item)]}
-    if item["type"] in WITH_STATUS:
-        item = {**item, "status": item.get("status") or "completed"}
-    return shown(item, include)
-
-
-def _listed_part(part: Json) -> Json:
-    return {**part, "detail": part.get("detail") or "auto"} if part.get("type") == "input_image" else part
-
-
-def _parts(item: Json) -> list[Json]:
-    content = item.get("content")
-    if not isinstance(content, str):
-        return content or []
-    kind = TEXT_TYPE.get(str(item.get("role")), "input_text")
-    empty: Json = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
-    return [{"type": kind, "text": content, **empty}]
-
-
-def list_object(data: list[Json], has_more: bool) -> Json:
-    """A list as the API has it; the ids of an empty one are empty, because clients expect strings."""
-    ids = [entry["id"] for entry in data] or [""]
-    return {"object": "list", "data": data, "first_id": ids[0], "last_id": ids[-1], "has_more": has_more}
-
-
-def item_list(listed: Listed[bytes], include: Collection[str]) -> Json:
-    return list_object([listed_item(item, include) for item in decoded(listed.rows)], listed.has_more)
-
-
-def conversation_object(conversation: Conversation) -> Json:
-    """A conversation as the API has it."""
-    told = {"id": conversation.id, "object": "conversation", "created_at": conversation.created_at}
-    return {**told, "metadata": orjson.loads(conversation.metadata)}

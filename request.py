@@ -14,61 +14,12 @@ import msgspec
 import orjson
 
 from errors import InvalidRequest, MissingParameter, ProxyError, UnsupportedParameter
+from fields import REQUEST_FIELDS
 
 Json = dict[str, Any]
 
-Fate = Literal["sent", "translated", "kept", "emulated", "refused", "left out"]
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """What becomes of a request parameter, as the support matrix says it."""
-
-    fate: Fate
-    note: str
-
-
-def sent(chat_name: str, note: str = "") -> Field:
-    return Field("sent", f"as `{chat_name}`{note and '; '}{note}")
-
-
-REQUEST_FIELDS: dict[str, Field] = {
-    "model": sent("model", "an alias in the settings is replaced"),
-    "input": Field("translated", "items become chat messages"),
-    "instructions": Field("translated", "first in the leading system message; never inherited"),
-    "max_output_tokens": sent("max_tokens", "`max_completion_tokens` where the backend wants it"),
-    "temperature": sent("temperature"),
-    "top_p": sent("top_p"),
-    "presence_penalty": sent("presence_penalty"),
-    "frequency_penalty": sent("frequency_penalty"),
-    "tools": Field("translated", "see the tool types"),
-    "tool_choice": Field("translated", "a named or allowed choice is emulated by sending only those tools"),
-    "parallel_tool_calls": Field("emulated", "sent where the backend knows it; when off, only the first call is kept"),
-    "text": Field("translated", "`format` as `response_format`; `verbosity` where the backend knows it"),
-    "reasoning": Field("translated", "`effort` where the backend knows it; `summary` is always given"),
-    "include": Field("emulated", "logprobs and `reasoning.encrypted_content`; the others belong to hosted tools"),
-    "top_logprobs": sent("top_logprobs", "when `include` asks for logprobs"),
-    "stream": Field("emulated", "server-sent events of our own"),
-    "stream_options": Field("kept", "nothing is obfuscated"),
-    "max_tool_calls": Field("kept", "counts hosted tools only, and none runs here"),
-    "metadata": Field("kept", "echoed"),
-    "service_tier": sent("service_tier", "where the backend knows it; else echoed as `default`"),
-    "safety_identifier": Field("kept", "echoed"),
-    "prompt_cache_key": Field("kept", "echoed"),
-    "prompt_cache_retention": Field("kept", "echoed"),
-    "prompt_cache_options": Field("kept", "caching is the backend's own"),
-    "user": Field("kept", "echoed"),
-    "store": Field("emulated", "on unless false; `false` leaves nothing on disk"),
-    "truncation": Field("kept", "`auto` is left out and named"),
-    "previous_response_id": Field("emulated", "the chain's items come before `input`; any response can be continued"),
-    "conversation": Field("emulated", "its items come before `input`; input and output join it"),
-    "background": Field("emulated", "queued in the store, and carried out whoever stays connected"),
-    "prompt": Field("refused", "stored prompt templates live at OpenAI; 400"),
-    "context_management": Field("left out", "named"),
-    "moderation": Field("left out", "named"),
-    "image": Field("left out", "named"),
-    "access_programs": Field("left out", "named"),
-}
+# The type of the item that asks for a compaction.
+TRIGGER = "compaction_trigger"
 
 # Values of `include`. Source: ResponseIncludable; the last two are the ones that mean something here.
 INCLUDABLE = Literal[
@@ -113,6 +64,13 @@ class Text(msgspec.Struct, frozen=True):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
+class ContextManagement(msgspec.Struct, frozen=True):
+    """An entry of `context_management`; without a threshold, it is ours to choose."""
+
+    type: Literal["compaction"]
+    compact_threshold: Annotated[int, msgspec.Meta(ge=1000)] | None = None
+
+
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """POST /v1/responses, validated; null equals absence. Items and tools stay raw."""
 
@@ -146,7 +104,7 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prompt_cache_options: Json | None = None
     user: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    context_management: list[Json] | None = None
+    context_management: list[ContextManagement] | None = None
     prompt: Json | None = None
     # Names of what the client sent and nobody here uses: fields without a row, and rows that are left out.
     unused: tuple[str, ...] = ()
@@ -157,6 +115,11 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": self.input}]
         return self.input or []
+
+    @property
+    def is_trigger(self) -> bool:
+        """Whether it asks for a compaction and nothing else."""
+        return isinstance(self.input, list) and bool(self.input) and self.input[-1].get("type") == TRIGGER
 
     @property
     def is_stored(self) -> bool:
@@ -213,7 +176,15 @@ def _unused(body: Json) -> list[str]:
         inner = body.get(section)
         if isinstance(inner, dict):
             names += [f"{section}.{key}" for key in inner if key not in struct.__struct_fields__]
-    return sorted(names)
+    return sorted([*names, *_unused_in_entries(body.get("context_management"))])
+
+
+def _unused_in_entries(entries: Any) -> list[str]:
+    known = ContextManagement.__struct_fields__
+    named = [(n, entry) for n, entry in enumerate(entries)] if isinstance(entries, list) else []
+    return [
+        f"context_management[{n}].{k}" for n, entry in named if isinstance(entry, dict) for k in entry if k not in known
+    ]
 
 
 def _depth(value: Any) -> int:
@@ -310,6 +281,15 @@ def _check_exclusive(request: TurnRequest, limits: RequestLimits) -> None:
         )
 
 
+def _check_trigger(request: TurnRequest, limits: RequestLimits) -> None:
+    """Raises: InvalidRequest for a trigger with something behind it."""
+    for index, item in enumerate(request.items[:-1]):
+        if item.get("type") == TRIGGER:
+            raise InvalidRequest(
+                f"Invalid 'input[{index}]': a {TRIGGER} has to be the last item.", param=f"input[{index}]"
+            )
+
+
 ID_PREFIXES = {"previous_response_id": "resp", "conversation": "conv_"}
 
 
@@ -333,6 +313,7 @@ CHECKS = (
     _check_prompt,
     _check_exclusive,
     _check_ids,
+    _check_trigger,
 )
 
 

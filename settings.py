@@ -19,6 +19,7 @@ import msgspec
 
 from auth import AuthSettings
 from background import BackgroundSettings
+from compaction import CompactionSettings
 from errors import Json
 from request import RequestLimits
 from sealing import SealingSettings
@@ -59,6 +60,7 @@ class Settings:
     sealing: SealingSettings = field(default_factory=SealingSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     background: BackgroundSettings = field(default_factory=BackgroundSettings)
+    compaction: CompactionSettings = field(default_factory=CompactionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
 
@@ -71,6 +73,7 @@ SECTIONS: dict[str, type[Any]] = {
     "sealing": SealingSettings,
     "turns": TurnSettings,
     "background": BackgroundSettings,
+    "compaction": CompactionSettings,
     "reasoning": ReasoningSettings,
     "upstream": UpstreamSettings,
 }

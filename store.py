@@ -109,8 +109,8 @@ class SQLiteStore:
     async def window_before(self, owner: str, response_id: str) -> Window | None:
         return await self._reader.do(partial(reads.window_before, owner, response_id))
 
-    async def keep_ahead(self, owner: str, response_id: str, blob: bytes) -> bool:
-        return await self._writer.do(partial(writes.keep_ahead, owner, response_id, blob))
+    async def keep_ahead(self, owner: str, response_id: str, blob: bytes, of: list[bytes] | None = None) -> bool:
+        return await self._writer.do(partial(writes.keep_ahead, owner, response_id, blob, of))
 
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:
         return await self._reader.do(partial(reads.input_items, owner, response_id, page))

@@ -15,21 +15,13 @@ import msgspec
 import orjson
 
 from background import Background
-from errors import ConversationLocked, InvalidRequest, NotFound, UnsupportedParameter
+from errors import ConversationLocked, InvalidRequest, NotFound
 from event_log import Follower
 from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
+from lists import conversation_object, item_list, list_object, listed_item, shown
 from past import with_references
-from records import (
-    conversation_object,
-    identified,
-    item_list,
-    list_object,
-    listed_item,
-    new_items,
-    restored,
-    shown,
-)
+from records import identified, new_items, restored
 from request import INCLUDABLE, RequestLimits, check_metadata, invalid, parse_body
 from sources import Sources
 from translation import check_items
@@ -147,9 +139,6 @@ class Stored:
         if listed is None:
             raise no_response(visit.ids["id"])
         return item_list(listed, query.include)
-
-    async def not_yet(self, visit: Visit) -> Json:
-        raise UnsupportedParameter("This route is not in this version yet.")
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
@@ -299,8 +288,6 @@ def _no_item(visit: Visit) -> NotFound:
 Work = Callable[[Stored, Visit], Awaitable[Json | Follower]]
 STORED_ROUTES: dict[tuple[str, str], Work] = {
     ("GET", "/responses"): Stored.responses,
-    ("POST", "/responses/compact"): Stored.not_yet,
-    ("POST", "/responses/input_tokens"): Stored.not_yet,
     ("GET", "/responses/{id}"): Stored.response,
     ("DELETE", "/responses/{id}"): Stored.delete_response,
     ("POST", "/responses/{id}/cancel"): Stored.cancel,

@@ -8,7 +8,7 @@ Source: ResponseStreamEvent of the openai SDK 3.52; shapes of chat chunks: tests
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -26,6 +26,7 @@ from chunks import (
     written_bytes,
 )
 from errors import ProxyError, UpstreamBroken
+from parts import OpenItem, empty_part, filled_part
 from think import Think, ThinkTags
 from tools import CALL_ID_PREFIX, CALLS_WITHOUT_STATUS, ToolRef, call_item
 
@@ -62,25 +63,6 @@ class StreamPlan(msgspec.Struct, frozen=True):
     estimate_input_tokens: Callable[[], int] = int
 
 
-@dataclass(slots=True)
-class _Item:
-    """The one item being written; `part` names its open part, whose text is joined once, at its end."""
-
-    index: int
-    item: Json
-    part: str = ""
-    parts: list[Json] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list[Json] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        return str(self.item["type"])
-
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-
 class ResponseStream:
     """One chat completion becomes one response; each method returns the events it caused."""
 
@@ -94,7 +76,7 @@ class ResponseStream:
         self._sequence_number = plan.first_number
         self._events: list[Event] = []
         self._output: list[Json] = []
-        self._item: _Item | None = None
+        self._item: OpenItem | None = None
         self._calls = CallLine(plan.refs, plan.taken_call_ids, new_id, parallel=plan.parallel)
         self._after_calls: list[tuple[Callable[[Any], None], Any]] = []
         self._tags = ThinkTags(plan.think)
@@ -103,6 +85,8 @@ class ResponseStream:
         self._blank = ""
         self._logprobs: list[Json] = []
         self._usage: Json | None = None
+        self._compaction_usage: Json | None = None
+        self._is_fed = False
         self._finish: str | None = None
         self._handlers: tuple[tuple[str, Callable[[Any], None]], ...] = (
             ("content", self._on_content),
@@ -116,6 +100,16 @@ class ResponseStream:
         """Whether the backend gave a reason for having finished."""
         return self._finish is not None
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether the backend has said anything."""
+        return self._is_fed
+
+    @property
+    def counted(self) -> Json:
+        """What the backend counted of its one call, compaction aside; empty when it did not."""
+        return self._usage or {}
+
     # -- driving -------------------------------------------------------------------------------------------------------
 
     def start(self) -> list[Event]:
@@ -127,6 +121,7 @@ class ResponseStream:
     def feed(self, chunk: Json) -> list[Event]:
         """The events of one chat chunk, or of a whole chat completion."""
         self._events = []
+        self._is_fed = True
         if usage := chunk.get("usage"):
             self._usage = usage
         if tier := chunk.get("service_tier"):
@@ -137,6 +132,20 @@ class ResponseStream:
             self._on_delta(delta_of(choice))
             if finish := choice.get("finish_reason"):
                 self._finish = finish
+        return self._events
+
+    def compacting(self, item_id: str) -> list[Event]:
+        """The events of a compaction item that is still to be made, for a client who asked for it."""
+        self._events = []
+        self._begin({"id": item_id, "type": "compaction", "encrypted_content": ""})
+        self._at("response.compaction.compacting")
+        return self._events
+
+    def compacted(self, item: Json, usage: Json) -> list[Event]:
+        """The events of a compaction item, which comes before all else; `usage`: what it took to make it."""
+        self._events = []
+        self._compaction_usage = usage
+        self._done(self._item or self._begin({**item, "encrypted_content": ""}), item)
         return self._events
 
     def close(self) -> list[Event]:
@@ -152,7 +161,7 @@ class ResponseStream:
             self._later(self._reason if is_reasoning else self._say, text)
         self._close_calls(status)
         self._end_item(status)
-        if not self._output:
+        if not self._is_mere_compaction() and all(item["type"] == "compaction" for item in self._output):
             self._part("output_text")
             self._end_item(status)
         self._settle(status, reason)
@@ -167,11 +176,13 @@ class ResponseStream:
     def fail(self, error: ProxyError) -> list[Event]:
         """The terminal event of a response that could not be carried through; what was said so far is kept."""
         self._events = []
-        if self._item is not None:
+        if self._item is not None and self._item.kind == "compaction":
+            self._output.pop()
+        elif self._item is not None:
             self._output[self._item.index] = self._ended(self._item, "incomplete")
-            self._item = None
+        self._item = None
         self._response |= {"status": "failed", "error": error.to_response_error(), "completed_at": None}
-        self._response["usage"] = usage_of(self._usage) if self._usage else None
+        self._response["usage"] = usage_of(self._usage, self._compaction_usage) if self._usage else None
         self._event("response.failed", response=self.snapshot())
         return self._events
 
@@ -183,9 +194,13 @@ class ResponseStream:
         response["status"] = status
         response["incomplete_details"] = {"reason": reason} if reason else None
         response["completed_at"] = int(self._clock()) if status == "completed" else None
-        response["usage"] = usage_of(self._usage or self._estimated_usage())
+        counted = {} if self._is_mere_compaction() else self._usage or self._estimated_usage()
+        response["usage"] = usage_of(counted, self._compaction_usage)
         if response.get("service_tier") in (None, "auto"):
             response["service_tier"] = "default"
+
+    def _is_mere_compaction(self) -> bool:
+        return self._compaction_usage is not None and not self._is_fed
 
     def _estimated_usage(self) -> Json:
         """For a backend that counts nothing."""
@@ -303,7 +318,7 @@ class ResponseStream:
         elif item.part == "text":
             self._at("response.reasoning_text.delta", content_index=0, delta=shown)
 
-    def _open_thought(self, item: _Item) -> None:
+    def _open_thought(self, item: OpenItem) -> None:
         item.part = self._plan.expose
         if item.part == "summary":
             part = {"type": "summary_text", "text": ""}
@@ -314,15 +329,15 @@ class ResponseStream:
 
     # -- items ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, item: Json) -> _Item:
+    def _begin(self, item: Json) -> OpenItem:
         """Opens an item after closing the one before; gives its index."""
         self._end_item("completed")
-        self._item = _Item(len(self._output), item)
+        self._item = OpenItem(len(self._output), item)
         self._output.append(item)
         self._event("response.output_item.added", output_index=self._item.index, item=item)
         return self._item
 
-    def _part(self, kind: str) -> _Item:
+    def _part(self, kind: str) -> OpenItem:
         """The open message item with a content part of that kind at its end."""
         item = self._item
         if item is None or item.kind != "message":
@@ -331,15 +346,15 @@ class ResponseStream:
         if item.part != kind:
             self._end_part(item)
             item.part = kind
-            item.parts.append(_empty_part(kind))
-            self._at("response.content_part.added", content_index=len(item.parts) - 1, part=_empty_part(kind))
+            item.parts.append(empty_part(kind))
+            self._at("response.content_part.added", content_index=len(item.parts) - 1, part=empty_part(kind))
         return item
 
-    def _end_part(self, item: _Item) -> None:
+    def _end_part(self, item: OpenItem) -> None:
         if not item.part:
             return
         text, index = item.text(), len(item.parts) - 1
-        item.parts[-1] = part = _filled_part(item)
+        item.parts[-1] = part = filled_part(item)
         if item.part == "output_text":
             self._at("response.output_text.done", content_index=index, text=text, logprobs=part["logprobs"])
         else:
@@ -357,7 +372,7 @@ class ResponseStream:
             self._end_thought(item)
         self._done(item, self._ended(item, status))
 
-    def _end_thought(self, item: _Item) -> None:
+    def _end_thought(self, item: OpenItem) -> None:
         self._blank = ""
         text = item.text()
         if item.part == "summary":
@@ -369,16 +384,16 @@ class ResponseStream:
             self._at("response.reasoning_text.done", content_index=0, text=text)
             self._at("response.content_part.done", content_index=0, part=part)
 
-    def _ended(self, item: _Item, status: str) -> Json:
+    def _ended(self, item: OpenItem, status: str) -> Json:
         """The item as it stands at its end."""
         if item.kind == "message":
-            parts = [*item.parts[:-1], _filled_part(item)] if item.part else list(item.parts)
+            parts = [*item.parts[:-1], filled_part(item)] if item.part else list(item.parts)
             return {**item.item, "status": status, "content": parts}
         if item.kind == "reasoning":
             return self._ended_thought(item)
         return {**item.item, "status": status, "arguments": item.text()}
 
-    def _ended_thought(self, item: _Item) -> Json:
+    def _ended_thought(self, item: OpenItem) -> Json:
         ended = dict(item.item)
         if item.part == "summary":
             ended["summary"] = [{"type": "summary_text", "text": item.text()}]
@@ -391,7 +406,7 @@ class ResponseStream:
             ended["encrypted_content"] = self._plan.seal(item.item["id"], item.text(), details)
         return ended
 
-    def _done(self, item: _Item, ended: Json) -> None:
+    def _done(self, item: OpenItem, ended: Json) -> None:
         self._item = None
         self._output[item.index] = ended
         self._event("response.output_item.done", output_index=item.index, item=ended)
@@ -427,7 +442,7 @@ class ResponseStream:
             for write, value in held:
                 write(value)
 
-    def _write_call(self, call: Call, ref: ToolRef) -> _Item:
+    def _write_call(self, call: Call, ref: ToolRef) -> OpenItem:
         item = self._item
         if item is None or item.item.get("call_id") != call.call_id:
             item = self._begin({**self._call_fields(call, call_item(ref, "")), "status": "in_progress"})
@@ -480,15 +495,3 @@ class ResponseStream:
             return
         self._events.append({"type": kind, "sequence_number": self._sequence_number, **body})
         self._sequence_number += 1
-
-
-def _empty_part(kind: str) -> Json:
-    if kind == "refusal":
-        return {"type": "refusal", "refusal": ""}
-    return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-
-
-def _filled_part(item: _Item) -> Json:
-    if item.part == "refusal":
-        return {"type": "refusal", "refusal": item.text()}
-    return {**item.parts[-1], "text": item.text(), "logprobs": item.logprobs}

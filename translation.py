@@ -383,7 +383,6 @@ def _add_logprobs(body: Json, request: TurnRequest, dialect: Dialect) -> list[st
 
 # Settings that would change something, and that nothing here can honour yet: named when they are asked for.
 UNHONOURED: tuple[tuple[str, Callable[[TurnRequest], Any]], ...] = (
-    ("truncation", lambda request: request.truncation == "auto"),
     ("reasoning.mode", lambda request: request.reasoning and request.reasoning.mode),
     ("reasoning.context", lambda request: request.reasoning and request.reasoning.context == "current_turn"),
 )

@@ -15,19 +15,25 @@ from dataclasses import dataclass
 import msgspec
 import orjson
 
+from ahead import Ahead
 from auth import Caller
-from errors import InvalidRequest, ProxyError, UpstreamBroken
-from history import HISTORY, sealable
+from compaction import CompactionSettings
+from counting import Counter
+from dispatch import Ready, Renderer
+from errors import ProxyError, UpstreamBroken, UpstreamError, WindowExceeded
+from fitting import Fit, FitMeans, Fitter, Need, Window
+from history import sealable
 from leases import Leases
-from past import REASONING, OwnPlace, Past, Pasts, Patience
-from records import identified, new_turn
+from metrics import Metrics
+from past import REASONING, OwnPlace, Pasts, Patience
+from records import Notes, counted_tokens, identified, new_turn
 from replay import replayed
-from request import TurnRequest, echo, refuse_unused
+from request import TurnRequest, echo
 from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
-from translation import Rendered, check_items, has_files, render
-from upstream import ChatStream, Upstream, Upstreams
+from translation import check_items
+from upstream import ChatStream, Upstreams
 from verbs import FirstUse, ItemIds, NewTurn
 from watching import Watcher
 
@@ -58,6 +64,8 @@ class Means:
     seals: Seals
     sources: Sources
     watcher: Watcher
+    counter: Counter
+    metrics: Metrics
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -85,30 +93,32 @@ class Course(msgspec.Struct, frozen=True):
     place: OwnPlace | None = None
 
 
-class _Ready(msgspec.Struct, frozen=True):
-    """A rendered request and where it goes; `ignored` names what was left out."""
-
-    upstream: Upstream
-    rendered: Rendered
-    ignored: tuple[str, ...]
-
-
 class Turns:
     """Makes turns out of validated requests."""
 
-    def __init__(self, means: Means, settings: TurnSettings, reasoning: ReasoningSettings) -> None:
+    def __init__(
+        self, means: Means, settings: TurnSettings, reasoning: ReasoningSettings, compaction: CompactionSettings
+    ) -> None:
         self._means = means
         self._settings = settings
         self._reasoning = reasoning
         patience = Patience(settings.conversation_wait_s, settings.parent_wait_s)
-        self._pasts = Pasts(means.leases, means.seals, means.watcher, patience)
+        self.pasts = Pasts(means.leases, means.seals, means.watcher, patience)
+        self.renderer = Renderer(means.upstreams, strict=settings.strict)
+        fitting = FitMeans(compaction, self.renderer, means.counter, means.seals, means.metrics, means.sources.clock)
+        self.fitter = Fitter(fitting)
+        self.ahead = Ahead(self.pasts, self.fitter, means.leases, means.seals)
 
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
         course = course or self._own_course(asked.request)
-        past = await self._pasts.of(asked.request, asked.caller.owner, course.place)
+        past = await self.pasts.of(asked.request, asked.caller.owner, course.place)
         try:
-            return self._turn(asked, past, course, await self._rendered(asked.request, past))
+            ready = await self.renderer.rendered(asked.request, past.window, past.left_out)
+            window = Window(asked.request, asked.caller, past, ready.way)
+            fit = Fit(self.fitter, window, ready.rendered.body, course.item_ids)
+            await fit.look()
+            return self._turn(asked, course, ready, fit)
         except BaseException:
             await past.release()
             raise
@@ -119,11 +129,11 @@ class Turns:
         Raises: InvalidRequest, NotFound, StoreError; what depends on a parent that runs still is found at the run.
         """
         request = asked.request
-        past, parent_has_ended = await self._pasts.seen(request, asked.caller.owner)
+        past, parent_has_ended = await self.pasts.seen(request, asked.caller.owner)
         if parent_has_ended:
-            return past.own, (await self._rendered(request, past)).ignored
+            return past.own, (await self.renderer.rendered(request, past.window, past.left_out)).ignored
         check_items(past.own, "input")
-        return past.own, (await self._ready(request, [], ())).ignored
+        return past.own, (await self.renderer.ready(request, [], ())).ignored
 
     def refused(self, request: TurnRequest, error: ProxyError) -> list[Event]:
         """The events of a stream that had to begin before its turn could, and never could."""
@@ -139,42 +149,13 @@ class Turns:
         await self._means.leases.store.save(turn)
         return True
 
-    async def _rendered(self, request: TurnRequest, past: Past) -> _Ready:
-        """Raises: InvalidRequest."""
-        ready = await self._ready(request, past.window, past.left_out)
-        if not ready.rendered.body["messages"]:
-            raise InvalidRequest("Invalid 'input': nothing in it is for the model.", param="input")
-        return ready
-
-    async def _ready(self, request: TurnRequest, window: list[Json], left_out: tuple[str, ...]) -> _Ready:
-        upstream, model = self._means.upstreams.route(request.model)
-        dialect = await upstream.dialect()
-        if has_files(window):
-            rendered = await asyncio.to_thread(render, request, window, dialect, model)
-        else:
-            rendered = render(request, window, dialect, model)
-        ignored = rendered.ignored + left_out
-        self._refuse_ignored(ignored)
-        if request.stream or request.background:
-            rendered.body["stream"] = True
-            if dialect.stream_usage:
-                rendered.body["stream_options"] = {"include_usage": True}
-        return _Ready(upstream, rendered, ignored)
-
-    def _refuse_ignored(self, ignored: tuple[str, ...]) -> None:
-        """Raises: UnsupportedParameter where the settings are strict."""
-        if self._settings.strict and (refused := tuple(name for name in ignored if not name.startswith(HISTORY))):
-            raise refuse_unused(refused)
-
-    def _turn(self, asked: Asked, past: Past, course: Course, ready: _Ready) -> Turn:
-        plan = self._plan(asked, ready, course.first_number)
+    def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
+        plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, past, course.item_ids, ready.ignored, course.save) if course.save else None
-        wait_s = self._settings.created_after_ms / 1000
-        call = Call(ready.upstream, ready.rendered.body, asked.caller.bearer, wait_s)
-        return Turn(call, machine, past, keeper, ready.ignored)
+        keeper = Keeper(asked, fit, course, ready.ignored, self.ahead)
+        return Turn(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
-    def _plan(self, asked: Asked, ready: _Ready, first_number: int) -> StreamPlan:
+    def _plan(self, asked: Asked, ready: Ready, fit: Fit, first_number: int) -> StreamPlan:
         request, rendered = asked.request, ready.rendered
         return StreamPlan(
             refs=rendered.refs,
@@ -182,11 +163,11 @@ class Turns:
             logprobs=request.includes("message.output_text.logprobs"),
             parallel=request.parallel_tool_calls is not False,
             expose=self._reasoning.expose,
-            think=ready.upstream.settings.think,
+            think=ready.way.upstream.settings.think,
             silent=not request.stream,
             first_number=first_number,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
-            estimate_input_tokens=lambda: len(orjson.dumps(rendered.body)) // BYTES_PER_TOKEN,
+            estimate_input_tokens=lambda: len(orjson.dumps(fit.body)) // BYTES_PER_TOKEN,
         )
 
     def _carries_reasoning(self, request: TurnRequest) -> bool:
@@ -219,44 +200,39 @@ class Keeper(msgspec.Struct, frozen=True):
     """Puts the response of one turn into the store."""
 
     asked: Asked
-    past: Past
-    item_ids: ItemIds
+    fit: Fit
+    course: Course
     ignored: tuple[str, ...]
-    save: Save
+    ahead: Ahead
 
-    async def keep(self, response: Json, closing: list[Event]) -> None:
+    async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
-        inputs = identified(self.past.own, self.item_ids)
-        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, self.ignored)
-        lease = None if turn.is_detached else self.past.lease
+        save, past, response = self.course.save, self.fit.window.past, machine.snapshot()
+        if save is None:
+            return
+        inputs = identified(past.own, self.course.item_ids)
+        notes = Notes(self.ignored, self.fit.window_tokens(machine.counted))
+        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
+        lease = None if turn.is_detached else past.lease
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
             turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
-        is_saved = await self.save(turn, closing)
+        is_saved = await save(turn, closing)
         if lease and is_saved:
             await lease.was_given_back()
-
-
-class Call(msgspec.Struct, frozen=True):
-    """A chat request on its way to a backend. `bearer` is the client's own key, where it is passed on."""
-
-    upstream: Upstream
-    body: Json
-    bearer: str | None
-    created_after_s: float
+        if is_saved and not turn.is_detached:
+            self.ahead.consider(self.fit.window, turn.id, counted_tokens(turn.body))
 
 
 class Turn:
     """One call of a backend and the response it becomes; `ignored` names what was left out of the request."""
 
-    def __init__(
-        self, call: Call, machine: ResponseStream, past: Past, keeper: Keeper | None, ignored: tuple[str, ...]
-    ) -> None:
-        self.ignored = ignored
-        self._call = call
+    def __init__(self, fit: Fit, machine: ResponseStream, keeper: Keeper, created_after_s: float) -> None:
+        self.ignored = keeper.ignored
+        self._fit = fit
         self._machine = machine
-        self._past = past
         self._keeper = keeper
+        self._created_after_s = created_after_s
         self._accepting: asyncio.Task[ChatStream] | None = None
         self._is_told = False
         self._is_kept = False
@@ -265,40 +241,76 @@ class Turn:
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
         try:
-            call = self._call
-            self._machine.feed(await call.upstream.complete(call.body, call.bearer))
+            if self._fit.need:
+                await self._compact(self._fit.need)
+            if not self._fit.is_mere:
+                self._machine.feed(await self._completion())
             self._machine.close()
-            response = self._machine.snapshot()
-            if self._keeper is not None:
-                await self._keeper.keep(response, [])
-            return response
+            await self._keeper.keep(self._machine, [])
+            self._fit.learn(self._machine.counted)
+            return self._machine.snapshot()
         finally:
-            await self._past.release()
+            await self._fit.window.past.release()
+
+    async def _completion(self) -> Json:
+        """Asked for once more when the window was too full at first."""
+        way, bearer = self._fit.window.way, self._fit.window.caller.bearer
+        try:
+            return await way.upstream.complete(self._fit.body, bearer)
+        except WindowExceeded as refused:
+            await self._change(refused)
+            return await way.upstream.complete(self._fit.body, bearer)
+
+    async def _compact(self, need: Need) -> list[Event]:
+        """The events of the compaction item; a turn that fits the backend still goes on without one.
+
+        Raises: UpstreamError.
+        """
+        try:
+            fitted = await self._fit.compact(need)
+        except UpstreamError as error:
+            if need.cause != "threshold":
+                raise
+            log.warning("the turn goes on as it is: %s", error.message)
+            return []
+        return self._machine.compacted(fitted.item, fitted.made.usage)
+
+    async def _change(self, refused: WindowExceeded) -> list[Event]:
+        """What makes a window fit that the backend refused. Raises: WindowExceeded when nothing does."""
+        fitted = await self._fit.change(refused)
+        return self._machine.compacted(fitted.item, fitted.made.usage) if fitted else []
 
     async def accept(self) -> None:
         """Calls the backend and waits for its word, but no longer than `created_after_ms`.
 
         Raises: UpstreamError when the backend refuses at once. After that, failures are events.
         """
+        if self._fit.need or self._fit.is_mere:
+            return
         accepting = self._call_backend()
         try:
-            done, _ = await asyncio.wait({accepting}, timeout=self._call.created_after_s)
-            if done and accepting.exception():
-                accepting.result()
+            done, _ = await asyncio.wait({accepting}, timeout=self._created_after_s)
+            if done and (error := accepting.exception()):
+                self._refused(error)
         except BaseException:
             await self.close()
             raise
 
+    def _refused(self, error: BaseException) -> None:
+        """A window that is too full is compacted while the client hears the first events."""
+        if not (isinstance(error, WindowExceeded) and self._fit.can_change):
+            raise error
+
     def _call_backend(self) -> asyncio.Task[ChatStream]:
-        call = self._call
-        self._accepting = asyncio.create_task(call.upstream.stream(call.body, call.bearer))
+        window = self._fit.window
+        self._accepting = asyncio.create_task(window.way.upstream.stream(self._fit.body, window.caller.bearer))
         return self._accepting
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of a turn in batches; the last one is terminal, whatever happens."""
         try:
             yield self._machine.start()
-            async with contextlib.aclosing(self._answer()) as batches:
+            async with contextlib.aclosing(self._made()) as batches:
                 async for batch in batches:
                     yield batch
         except ProxyError as error:
@@ -310,7 +322,36 @@ class Turn:
         finally:
             await self.close()
 
+    async def _made(self) -> AsyncGenerator[list[Event], None]:
+        """All events after the first, but for the terminal one of a failure."""
+        if self._fit.is_mere:
+            yield self._machine.compacting(self._fit.item_id)
+        if self._fit.need:
+            yield await self._compact(self._fit.need)
+        if not self._fit.is_mere:
+            async with contextlib.aclosing(self._answer()) as batches:
+                async for batch in batches:
+                    yield batch
+        yield await self._finished()
+
     async def _answer(self) -> AsyncGenerator[list[Event], None]:
+        """What the backend says; asked once more when the window was too full at first."""
+        try:
+            async with contextlib.aclosing(self._relayed()) as batches:
+                async for batch in batches:
+                    yield batch
+            return
+        except WindowExceeded as error:
+            if self._machine.has_answer:
+                raise
+            refused = error
+        await self._let_go()
+        yield await self._change(refused)
+        async with contextlib.aclosing(self._relayed()) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _relayed(self) -> AsyncGenerator[list[Event], None]:
         machine = self._machine
         stream = await (self._accepting or self._call_backend())
         async for chunks in stream:
@@ -321,37 +362,35 @@ class Turn:
                 yield events
         if not stream.done and not machine.ended:
             raise UpstreamBroken("The backend closed its stream before the answer was finished.")
-        yield await self._finished()
 
     async def _finished(self) -> list[Event]:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
-        if self._keeper is not None:
-            saving = asyncio.ensure_future(self._keeper.keep(self._machine.snapshot(), last))
+        saving = asyncio.ensure_future(self._keeper.keep(self._machine, last))
+        try:
+            await asyncio.shield(saving)
+        except ProxyError as error:
+            log.warning("turn could not be kept: %s", error.message)
+            return last + await self._failed(error)
+        except asyncio.CancelledError:
+            self._unsaid = last
             try:
-                await asyncio.shield(saving)
-            except ProxyError as error:
-                log.warning("turn could not be kept: %s", error.message)
-                return last + await self._failed(error)
-            except asyncio.CancelledError:
-                self._unsaid = last
-                try:
-                    await asyncio.wait({saving}, timeout=SAVE_S)
-                finally:
-                    saving.cancel()
-                self._is_kept = saving.done() and not saving.cancelled() and saving.exception() is None
-                raise
+                await asyncio.wait({saving}, timeout=SAVE_S)
+            finally:
+                saving.cancel()
+            self._is_kept = saving.done() and not saving.cancelled() and saving.exception() is None
+            raise
         self._is_told = True
+        self._fit.learn(self._machine.counted)
         return last + self._machine.finish()
 
     async def _failed(self, error: ProxyError) -> list[Event]:
         """The terminal event, and a record of the failure where one can be kept: clients know the id by now."""
         last = self.fail(error)
-        if self._keeper is not None:
-            try:
-                await self._keeper.keep(self._machine.snapshot(), [])
-            except ProxyError as failure:
-                log.warning("a failed turn could not be kept: %s", failure.message)
+        try:
+            await self._keeper.keep(self._machine, [])
+        except ProxyError as failure:
+            log.warning("a failed turn could not be kept: %s", failure.message)
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:
@@ -366,16 +405,19 @@ class Turn:
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
-        accepting, self._accepting = self._accepting, None
         try:
-            if accepting is not None:
-                accepting.cancel()
-                accepting.add_done_callback(_let_go)  # holds even when this is cancelled
-                await asyncio.wait({accepting})
+            await self._let_go()
         finally:
-            await self._past.release()
+            await self._fit.window.past.release()
+
+    async def _let_go(self) -> None:
+        accepting, self._accepting = self._accepting, None
+        if accepting is not None:
+            accepting.cancel()
+            accepting.add_done_callback(_closed)  # holds even when this is cancelled
+            await asyncio.wait({accepting})
 
 
-def _let_go(accepting: asyncio.Task[ChatStream]) -> None:
+def _closed(accepting: asyncio.Task[ChatStream]) -> None:
     if not accepting.cancelled() and accepting.exception() is None:
         accepting.result().close()

@@ -157,10 +157,11 @@ class Store(Protocol):
     async def window_before(self, owner: str, response_id: str) -> Window | None:
         """What this response itself began with, whether or not the response before it was deleted."""
 
-    async def keep_ahead(self, owner: str, response_id: str, blob: bytes) -> bool:
+    async def keep_ahead(self, owner: str, response_id: str, blob: bytes, of: list[bytes] | None = None) -> bool:
         """Keeps what stands for the window of this response; whether anything can continue it.
 
-        It goes with the response, with its conversation, and with any item that is taken out of that.
+        It goes with the response, with its conversation, and with any item that is taken out of that. `of`: the items
+        that it stands for; when they are others by now, nothing is kept.
         """
 
     async def input_items(self, owner: str, response_id: str, page: Page) -> Listed[bytes] | None:

@@ -9,7 +9,20 @@ import math
 import sqlite3
 from hashlib import blake2b
 
-from reads import COMPACTION, LISTED, NEWEST, THREAD, UNLISTED, Place, conversation, id_of, item_in, place_of, thread_of
+from reads import (
+    COMPACTION,
+    LISTED,
+    NEWEST,
+    THREAD,
+    UNLISTED,
+    Place,
+    conversation,
+    id_of,
+    item_in,
+    place_of,
+    response_window,
+    thread_of,
+)
 from run_tables import NUMBERS
 from schema import OUTPUTS_AT, PAGE_BYTES, PLACES
 from verbs import (
@@ -126,7 +139,9 @@ def _kind(item: NewItem) -> int:
     return COMPACTION if item.is_compaction else LISTED if item.is_listed else UNLISTED
 
 
-def keep_ahead(owner: str, response_id: str, blob: bytes, db: sqlite3.Connection) -> bool:
+def keep_ahead(owner: str, response_id: str, blob: bytes, of: list[bytes] | None, db: sqlite3.Connection) -> bool:
+    if of is not None and ((window := response_window(owner, response_id, db)) is None or window.items != of):
+        return False
     return db.execute(KEEP_AHEAD, (blob, response_id, owner)).rowcount > 0
 
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dialects import DIALECTS, GENERIC, Dialect  # noqa: E402 - the rooms stand one folder up
+from fields import REQUEST_FIELDS  # noqa: E402
 from items import ITEMS, PARTS  # noqa: E402
-from request import REQUEST_FIELDS  # noqa: E402
 from tools import TOOL_CHOICES, TOOLS  # noqa: E402
 
 README = ROOT / "README.md"

@@ -104,6 +104,8 @@ class Backend:
 
     def __init__(self) -> None:
         self.models: Json = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "test"}]}
+        # Path -> what is answered there, or what makes that of the request's body.
+        self.looked_up: dict[str, Any] = {}
         self.requests: list[Received] = []
         self.connections = 0
         self.url = ""
@@ -132,6 +134,13 @@ class Backend:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await server.wait_closed()
 
+    def _looked_up(self, request: Received) -> Script:
+        """What is told beside the answers; 404 for what a test did not name."""
+        found = {"/v1/models": self.models, **self.looked_up}.get(request.path)
+        if callable(found):
+            found = found(request.body)
+        return refused(404, "no such route") if found is None else Script([json.dumps(found).encode()])
+
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         task = asyncio.current_task()
@@ -149,8 +158,8 @@ class Backend:
 
     async def _answer(self, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection can be used again."""
-        if request.path.endswith("/models"):
-            script = Script([json.dumps(self.models).encode()])
+        if not request.path.endswith("/chat/completions"):
+            script = self._looked_up(request)
         else:
             self.requests.append(request)
             self._arrived.put_nowait(request)

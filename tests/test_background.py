@@ -32,9 +32,12 @@ from test_durability import in_file
 from test_proxy import Blocks, error_of, events_in
 
 import background
+import dispatch
 import event_log
 import turns
 from background import Background, BackgroundSettings
+from compaction import CompactionSettings
+from counting import Counter
 from errors import StoreError
 from leases import Leases
 from metrics import Metrics
@@ -1168,9 +1171,11 @@ async def test_a_fault_of_this_program_fails_the_response_and_not_the_queue(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("a secret of the program")
 
-    owner, name = {"run": (turns.Turns, "_turn"), "rendering": (turns, "render"), "machine": (ResponseStream, "feed")}[
-        what
-    ]
+    owner, name = {
+        "run": (turns.Turns, "_turn"),
+        "rendering": (dispatch, "render"),
+        "machine": (ResponseStream, "feed"),
+    }[what]
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
         await on_file()
@@ -1545,9 +1550,11 @@ class Queue:
         self.now = 1000.0
         sources = Sources(lambda: self.now, lambda prefix: f"{prefix}_1")
         self.upstreams = Upstreams((UpstreamSettings(base_url="http://127.0.0.1:9/v1"),))
-        means = Means(self.upstreams, Leases(store, sources), Seals((bytes(32),)), sources, Watcher(store))
-        made = Turns(means, TurnSettings(), ReasoningSettings())
-        self.background = Background(store, made, means, BackgroundSettings(workers=0), Metrics())
+        means = Means(
+            self.upstreams, Leases(store, sources), Seals((bytes(32),)), sources, Watcher(store), Counter(), Metrics()
+        )
+        made = Turns(means, TurnSettings(), ReasoningSettings(), CompactionSettings())
+        self.background = Background(store, made, means, BackgroundSettings(workers=0))
 
     async def look(self) -> list[Held]:
         """What the other process holds after one look at the leases."""

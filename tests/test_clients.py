@@ -13,7 +13,6 @@ from rendering import LIMITS
 from scripted import Backend, Script, plain, plain_call
 
 from dialects import DIALECTS
-from errors import InvalidRequest
 from request import TurnRequest, echo, parse_body, parse_request
 from translation import Rendered, render
 
@@ -90,15 +89,29 @@ def test_a_captured_request_is_echoed(body: Json) -> None:
     assert len(body.get("tools") or ()) == len(echoed["tools"])
 
 
-NOT_YET = [(where, what) for where, what in NEEDS_THE_STORE.items() if what in ("compaction", "background")]
-STATEFUL = [where for where in NEEDS_THE_STORE if where not in dict(NOT_YET)]
+WITH_COMPACTION = [where for where, what in NEEDS_THE_STORE.items() if what == "compaction"]
+STATEFUL = [where for where in NEEDS_THE_STORE if where not in WITH_COMPACTION]
 
 
-@pytest.mark.parametrize(("where", "what"), NOT_YET, ids=str)
-def test_a_request_for_what_is_not_in_this_version_is_told_so(where: tuple[str, int], what: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"{what}.* not in this version") as caught:
-        rendered(BODIES[where], "generic")
-    assert caught.value.http_status == 400
+@pytest.mark.parametrize("where", WITH_COMPACTION, ids=str)
+async def test_a_captured_request_with_a_compaction_is_answered(app: App, where: tuple[str, int]) -> None:
+    """With an item that was compacted here, where the capture has one of another server."""
+    async with app.post({"model": "m", "input": "Earlier"}, "/v1/responses/compact") as answer:
+        ours = (await answer.json())["output"][-1]
+    body = BODIES[where]
+    said = [ours if item.get("type") == "compaction" else item for item in body["input"]]
+    async with app.post({**body, "input": said, "stream": False}) as answer:
+        response = await answer.json()
+    is_trigger = said[-1].get("type") == "compaction_trigger"
+    assert (answer.status, response.get("status")) == (200, "completed"), response
+    assert [item["type"] for item in response["output"]] == ["compaction" if is_trigger else "message"]
+
+
+@pytest.mark.parametrize("where", [where for where in WITH_COMPACTION if where != ("codex", 17)], ids=str)
+async def test_a_compaction_item_of_another_server_is_a_400(app: App, where: tuple[str, int]) -> None:
+    async with app.post(BODIES[where]) as answer:
+        error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (400, "invalid_compaction_item")
 
 
 # Type of an output -> the tool whose calls have such an output, and the arguments with which a backend calls it.

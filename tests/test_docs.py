@@ -15,6 +15,7 @@ import pytest
 
 from settings import SECTIONS, Settings, load_settings
 from stored import STORED_ROUTES
+from windows import WINDOW_ROUTES
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.toml"
@@ -85,7 +86,11 @@ def test_a_stale_matrix_is_noticed(tmp_path: Path) -> None:
     assert "| `model` | sent" in (tmp_path / "README.md").read_text()
 
 
-ROUTES = ["POST /v1/responses", "GET /healthz", *(f"{method} /v1{path}" for method, path in STORED_ROUTES)]
+ROUTES = [
+    "POST /v1/responses",
+    "GET /healthz",
+    *(f"{method} /v1{path}" for method, path in (*STORED_ROUTES, *WINDOW_ROUTES)),
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)

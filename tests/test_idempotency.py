@@ -30,7 +30,9 @@ from scripted import (
 )
 from test_proxy import Blocks, error_of, events_in
 
+from counting import Counter
 from leases import Leases
+from metrics import Metrics
 from proxy import Edge, Outermost, make_seals, make_services, opened_store
 from sources import Ids, Sources
 from turns import Means
@@ -453,7 +455,7 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         sources = Sources(clock, Ids(clock))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
-        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store))
+        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Metrics())
         services = await make_services(settings, store, means)
         listener = listening_socket()
         asgi = Outermost(Edge(settings, services), sources.new_id)

@@ -207,8 +207,8 @@ def test_an_image_in_a_message_that_takes_text_alone_is_refused(role: str) -> No
         ),
         ({"type": "item_reference", "id": "msg_1"}, "invalid_value", ".type"),
         ({"id": "msg_1"}, "invalid_value", ".type"),
-        ({"type": "compaction", "encrypted_content": "x"}, "invalid_value", ".type"),
-        ({"type": "compaction_trigger"}, "invalid_value", ".type"),
+        ({"type": "compaction"}, "missing_required_parameter", ".encrypted_content"),
+        ({"type": "compaction", "encrypted_content": 1}, "invalid_type", ".encrypted_content"),
     ],
 )
 def test_a_wrong_item_is_a_400_with_its_path(item: Json, code: str, key: str) -> None:

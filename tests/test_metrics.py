@@ -35,11 +35,19 @@ NAMES = {
     "run_attempts": "counter",
     "run_takeovers": "counter",
     "run_cancels": "counter",
+    "compactions": "counter",
+    "compaction_failures": "counter",
+    "compaction_tokens_before": "histogram",
+    "compaction_tokens_after": "histogram",
+    "compaction_seconds": "histogram",
 }
 
 
+UNUSED_HISTOGRAMS = ("tokens_before", "tokens_after", "seconds")
+
+
 def values_in(text: str) -> dict[str, float]:
-    """The samples by name, without those that say when a counter was made."""
+    """The samples by name and label, without those that say when a counter was made, and without buckets."""
     found = {}
     for family in text_string_to_metric_families(text):
         if family.name.endswith("_created"):
@@ -47,8 +55,9 @@ def values_in(text: str) -> dict[str, float]:
         assert NAMES[family.name.removeprefix("responses_proxy_")] == family.type
         assert family.documentation
         for sample in family.samples:
-            assert sample.labels == {}
-            found[sample.name.removeprefix("responses_proxy_")] = sample.value
+            if "le" not in sample.labels:
+                name = sample.name.removeprefix("responses_proxy_")
+                found["".join([name, *(f"[{value}]" for value in sample.labels.values())])] = sample.value
     return found
 
 
@@ -76,6 +85,7 @@ def test_a_fresh_process_has_counted_nothing() -> None:
         "run_attempts_total": 0,
         "run_takeovers_total": 0,
         "run_cancels_total": 0,
+        **{f"compaction_{name}_{part}": 0 for name in UNUSED_HISTOGRAMS for part in ("sum", "count")},
     }
 
 
@@ -86,9 +96,13 @@ def test_two_of_them_in_one_program_count_apart() -> None:
 
 
 def test_every_name_is_in_the_docs() -> None:
-    text = Metrics().text(0, 0).decode()
-    told = set(re.findall(r"`(responses_proxy_\w+)`", (ROOT / "docs" / "background.md").read_text()))
-    assert told == {f"responses_proxy_{name}" for name in values_in(text)}
+    families = list(text_string_to_metric_families(Metrics().text(0, 0).decode()))
+    told = {
+        name
+        for page in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"`(responses_proxy_\w+)`", page.read_text())
+    }
+    assert told == {family.name + ("_total" if family.type == "counter" else "") for family in families}
 
 
 async def test_they_need_no_key(start_app: StartApp) -> None:

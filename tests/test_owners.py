@@ -16,6 +16,7 @@ from scripted import Backend, Script, chunk, plain, refused, streamed
 from test_proxy import Blocks, error_of, events_in
 
 from stored import STORED_ROUTES
+from windows import WINDOW_ROUTES
 
 Json = dict[str, Any]
 
@@ -87,7 +88,7 @@ def bob(app: App) -> Client:
 
 # -- 401 ---------------------------------------------------------------------------------------------------------------
 
-ROUTES = [("POST", "/responses"), *STORED_ROUTES]
+ROUTES = [("POST", "/responses"), *STORED_ROUTES, *WINDOW_ROUTES]
 each_route = pytest.mark.parametrize(("method", "path"), ROUTES, ids=lambda text: text)
 
 

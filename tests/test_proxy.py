@@ -27,6 +27,7 @@ from settings import Settings, load_settings
 from sources import Ids
 from stored import STORED_ROUTES
 from streaming import ResponseStream
+from windows import WINDOW_ROUTES
 
 HI: dict[str, Any] = {"model": "m", "input": "Hi"}
 STREAM = {**HI, "stream": True}
@@ -222,7 +223,6 @@ async def test_a_wrong_method_is_a_405(app: App, method: str, path: str) -> None
         await error_of(answer, 405)
 
 
-NOT_YET = {("POST", "/responses/compact"), ("POST", "/responses/input_tokens")}
 # Routes that name an object in their path.
 NAMED = [(method, path) for method, path in STORED_ROUTES if "{id}" in path]
 BODY_OF = {
@@ -256,21 +256,25 @@ async def test_an_unknown_item_of_a_conversation_is_a_404(app: App, prefix: str,
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
-@pytest.mark.parametrize(("method", "path"), sorted(set(STORED_ROUTES) - set(NAMED) - NOT_YET))
+@pytest.mark.parametrize(("method", "path"), sorted(set(STORED_ROUTES) - set(NAMED)))
 async def test_a_route_that_names_nothing_needs_nothing(app: App, prefix: str, method: str, path: str) -> None:
     async with app.http.request(method, app.url + prefix + path) as answer:
         assert (answer.status, (await answer.json())["object"]) == (200, OBJECT_OF[path])
 
 
-OBJECT_OF = {"/responses": "list", "/conversations": "conversation"}
+OBJECT_OF = {
+    "/responses": "list",
+    "/conversations": "conversation",
+    "/responses/compact": "response.compaction",
+    "/responses/input_tokens": "response.input_tokens",
+}
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
-@pytest.mark.parametrize(("method", "path"), sorted(NOT_YET))
-async def test_a_route_that_is_not_in_this_version_is_a_400(app: App, prefix: str, method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), sorted(WINDOW_ROUTES))
+async def test_a_route_about_windows_is_answered(app: App, prefix: str, method: str, path: str) -> None:
     async with app.http.request(method, app.url + prefix + path, json=HI) as answer:
-        error = await error_of(answer, 400)
-    assert (error["code"], error["message"]) == ("unsupported_parameter", "This route is not in this version yet.")
+        assert (answer.status, (await answer.json())["object"]) == (200, OBJECT_OF[path])
 
 
 async def test_turns_are_answered_without_the_prefix(app: App) -> None:

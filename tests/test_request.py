@@ -8,7 +8,8 @@ import pytest
 from rendering import LIMITS, parsed, refused
 
 from errors import InvalidRequest
-from request import REQUEST_FIELDS, RequestLimits, echo, parse_body, parse_request, refuse_unused
+from fields import REQUEST_FIELDS
+from request import RequestLimits, echo, parse_body, parse_request, refuse_unused
 
 Json = dict[str, Any]
 
@@ -175,9 +176,9 @@ def test_metadata_at_its_limits_is_taken() -> None:
 
 def test_what_nobody_uses_is_named_sorted_and_with_its_section() -> None:
     unused = parsed(
-        zeta=1, client_metadata={}, context_management=[], text={"tone": "dry"}, reasoning={"depth": 3}, stop=None
+        zeta=1, client_metadata={}, moderation={}, text={"tone": "dry"}, reasoning={"depth": 3}, stop=None
     ).unused
-    assert unused == ("client_metadata", "context_management", "reasoning.depth", "text.tone", "zeta")
+    assert unused == ("client_metadata", "moderation", "reasoning.depth", "text.tone", "zeta")
 
 
 def test_a_client_cannot_write_the_list_of_unused_names() -> None:

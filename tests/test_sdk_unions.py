@@ -9,8 +9,9 @@ import pytest
 from openai.types import responses
 from openai.types.responses import response_create_params as create
 
+from fields import REQUEST_FIELDS
 from items import ITEMS, PARTS
-from request import INCLUDABLE, REQUEST_FIELDS, Reasoning, Text, TextFormat, TurnRequest
+from request import INCLUDABLE, Reasoning, Text, TextFormat, TurnRequest
 from tools import CALL_ID_PREFIX, CALL_ITEMS, TOOL_CHOICES, TOOLS, ToolRef, call_item
 
 

@@ -349,7 +349,7 @@ def test_a_format_that_the_backend_refuses_is_named(dialect: str, tools: list[Js
         ({"service_tier": "flex"}, "openai", {"service_tier": "flex"}, ()),
         ({"service_tier": "flex"}, "generic", {}, ("service_tier",)),
         ({"service_tier": "auto"}, "openai", {}, ()),
-        ({"truncation": "auto"}, "generic", {}, ("truncation",)),
+        ({"truncation": "auto"}, "generic", {}, ()),
         ({"truncation": "disabled"}, "generic", {}, ()),
         ({"store": True}, "generic", {}, ()),
         ({"store": False}, "generic", {}, ()),
@@ -357,7 +357,8 @@ def test_a_format_that_the_backend_refuses_is_named(dialect: str, tools: list[Js
         ({"reasoning": {"context": "current_turn"}}, "generic", {}, ("reasoning.context",)),
         ({"reasoning": {"context": "all_turns"}}, "generic", {}, ()),
         ({"include": ["reasoning.encrypted_content"]}, "generic", {}, ()),
-        ({"zeta": 1, "context_management": []}, "generic", {}, ("context_management", "zeta")),
+        ({"zeta": 1, "moderation": {}}, "generic", {}, ("moderation", "zeta")),
+        ({"context_management": [{"type": "compaction"}]}, "generic", {}, ()),
     ],
 )
 def test_what_is_not_sent_is_named(body: Json, dialect: str, wanted: Json, ignored: tuple[str, ...]) -> None:

@@ -13,8 +13,11 @@ from event_grammar import check, parse
 from scripted import DONE, END, Backend, Script, chunk, plain, streamed
 
 from auth import Caller
+from compaction import CompactionSettings
+from counting import Counter
 from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
 from leases import Leases
+from metrics import Metrics
 from records import restored
 from request import RequestLimits, parse_request
 from run_verbs import RunStore
@@ -45,8 +48,16 @@ class Bench:
     def turns(self, **settings: Any) -> Turns:
         numbers = itertools.count(1)
         sources = Sources(lambda: 1_700_000_000.9, lambda prefix: f"{prefix}_{next(numbers)}")
-        means = Means(self.upstreams, Leases(self.store, sources), Seals((bytes(32),)), sources, Watcher(self.store))
-        return Turns(means, TurnSettings(**settings), ReasoningSettings())
+        means = Means(
+            self.upstreams,
+            Leases(self.store, sources),
+            Seals((bytes(32),)),
+            sources,
+            Watcher(self.store),
+            Counter(),
+            Metrics(),
+        )
+        return Turns(means, TurnSettings(**settings), ReasoningSettings(), CompactionSettings())
 
     async def prepare(self, body: dict[str, Any], **settings: Any) -> Turn:
         return await self.turns(**settings).prepare(asked(body))

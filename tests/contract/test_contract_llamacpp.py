@@ -99,9 +99,15 @@ async def test_a_turn_cut_by_its_token_limit_is_incomplete(client: AsyncOpenAI) 
     assert response.incomplete_details.reason == "max_output_tokens"
 
 
-async def test_a_full_window_is_a_bad_request(client: AsyncOpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        await client.responses.create(model="m", input="word " * 5000)
+async def test_a_window_that_is_too_full_is_compacted_and_sent_again(client: AsyncOpenAI) -> None:
+    response = await client.responses.create(model="m", input="word " * 5000)
+    assert response.output[0].type == "compaction"
+
+
+async def test_a_full_window_is_a_bad_request_where_that_is_set(llamacpp: str) -> None:
+    async with running_app(settings_of(llamacpp, compaction={"on_overflow": False})) as app:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await app.openai.responses.create(model="m", input="word " * 5000)
     assert caught.value.code == "context_length_exceeded"
 
 

@@ -1,0 +1,77 @@
+"""Compaction off the path of requests: what a chain's next turn would have to wait for is made after the turn before.
+
+May not know events, the HTTP framework or SQL. One process makes it, under a lease; every branch begins with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from errors import ProxyError
+from fitting import AHEAD, Fitter, Need, Window
+from folding import payload_of
+from leases import Leases
+from past import Pasts
+from sealing import Seals
+
+log = logging.getLogger("responses_proxy.ahead")
+
+
+class Ahead:
+    """Looks at each turn that was kept. `close` it."""
+
+    def __init__(self, pasts: Pasts, fitter: Fitter, leases: Leases, seals: Seals) -> None:
+        self._pasts = pasts
+        self._fitter = fitter
+        self._leases = leases
+        self._store = leases.store
+        self._seals = seals
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def consider(self, window: Window, response_id: str, tokens: float | None) -> None:
+        """`tokens`: of the window and the answer to it, where the backend counted them."""
+        if self._fitter.settings.ahead and window.request.is_stored and tokens:
+            task = asyncio.create_task(self._made(window, response_id, tokens))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _made(self, window: Window, response_id: str, tokens: float) -> None:
+        """Nothing waits for it: a failure is logged, and the next turn does the work."""
+        try:
+            limit = await self._fitter.limit(window)
+            if tokens >= limit:
+                await self._make(window, response_id, limit, tokens)
+        except ProxyError as error:
+            log.warning("%s could not be compacted ahead: %s", response_id, error.message)
+
+    async def _make(self, window: Window, response_id: str, limit: float, tokens: float) -> None:
+        lease = self._leases.lease(f"{AHEAD} {response_id}")
+        if not await lease.acquire(0):
+            return
+        try:
+            child = msgspec.structs.replace(
+                window.request, input=None, previous_response_id=response_id, conversation=None
+            )
+            past, _ = await self._pasts.seen(child, window.caller.owner)
+            if past.before.ahead is None:
+                whole = msgspec.structs.replace(window, request=child, past=past)
+                need = Need("ahead", limit, tokens, self._fitter.scale(whole, tokens))
+                await self._keep(whole, response_id, need)
+        finally:
+            await lease.release()
+
+    async def _keep(self, window: Window, response_id: str, need: Need) -> None:
+        owner = window.caller.owner
+        made = await self._fitter.made(window, need)
+        blob = self._seals.seal(AHEAD, owner, response_id, payload_of(made.fold))
+        await self._store.keep_ahead(owner, response_id, blob.encode(), window.past.before.items)
+
+    async def close(self) -> None:
+        """Work under way is dropped: the next turn does it."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)

@@ -1,0 +1,251 @@
+"""How many tokens items come to for a model: their size, and what the backend's own counts taught of its weight.
+
+May not do I/O. A size is what can be counted of items. Its weight differs from model to model: the tokens of a text, of
+an entry of the chat template, of an image. A ridge regression learns it from the `usage` of earlier turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import orjson
+
+from items import is_from_user, item_type
+from records import OUTPUT_ID_PREFIX
+from request import TurnRequest
+
+Json = dict[str, Any]
+# What a text comes to: tokens, about, and bytes that make more of them than others do.
+Units = Callable[[str], tuple[float, float]]
+
+BYTES_PER_TOKEN = 5
+# Prose in most vocabularies. Capitals, digits, signs and other scripts have more tokens to a byte.
+PLAIN = b"abcdefghijklmnopqrstuvwxyz \n\t"
+BASE64_BYTES = 3 / 4
+
+
+def by_bytes(text: str) -> tuple[float, float]:
+    raw = text.encode(errors="surrogatepass")
+    return len(raw) / BYTES_PER_TOKEN, len(raw.translate(None, PLAIN))
+
+
+def by_vocabulary(tokens_in: Callable[[str], int]) -> Units:
+    return lambda text: (float(tokens_in(text)), 0.0)
+
+
+class Size(NamedTuple):
+    """What can be counted of items.
+
+    text and odd: as `Units` gives them; entries: of the chat template; outputs: those of tools among them; images: how
+    many; thought: units of reasoning before the last user message, which many templates leave out; whole, instructed,
+    tools: 1 for a prompt from its beginning, with instructions, with tools.
+    """
+
+    text: float = 0.0
+    odd: float = 0.0
+    entries: float = 0.0
+    outputs: float = 0.0
+    images: float = 0.0
+    thought: float = 0.0
+    whole: float = 0.0
+    instructed: float = 0.0
+    tools: float = 0.0
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    return Size(*map(sum, zip(Size(), *sizes, strict=True)))
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+# What of an item never reaches the model.
+UNSENT = frozenset(
+    {"id", "type", "role", "status", "call_id", "annotations", "logprobs", "encrypted_content", "detail"}
+)
+# What weighs as an image does, whatever its length.
+PICTURED = frozenset({"image_url", "input_audio", "file_url"})
+
+
+def size_of(item: Json, units: Units) -> Size:
+    """Of one item, reasoning aside."""
+    kind = item_type(item)
+    entry = Size(entries=1, outputs=kind in OUTPUT_ID_PREFIX)
+    return Size() if kind == "reasoning" else total([entry, *_sizes(item, units)])
+
+
+def thought_size(item: Json, units: Units) -> Size:
+    """Of the text of a reasoning item, which stands in its content or its summary; of no other item."""
+    if item_type(item) != "reasoning":
+        return Size()
+    return total(_sizes(item.get("content") or item.get("summary"), units))
+
+
+def _sizes(value: Any, units: Units) -> Iterator[Size]:
+    """Of all texts and images in a value."""
+    if isinstance(value, str):
+        yield Size(*units(value))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _sizes(each, units)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _sizes_under(key, each, units)
+
+
+def _sizes_under(key: str, value: Any, units: Units) -> Iterator[Size]:
+    if key in PICTURED and value:
+        yield Size(images=1)
+    elif key == "file_data" and isinstance(value, str):
+        yield Size(len(value) * BASE64_BYTES / BYTES_PER_TOKEN)
+    elif key not in UNSENT:
+        yield from _sizes(value, units)
+
+
+def standing_size(request: TurnRequest, units: Units) -> Size:
+    """Of what a request puts before its items: instructions, tools and format."""
+    schema = request.text and request.text.format and request.text.format.schema
+    declared = [orjson.dumps(each).decode() for each in (*(request.tools or ()), schema) if each]
+    texts = (request.instructions or "", "".join(declared))
+    whole = Size(whole=1, instructed=bool(request.instructions), tools=bool(request.tools))
+    return total([whole, *(Size(*units(text)) for text in texts)])
+
+
+def window_size(items: list[Json], units: Units, is_thought_sent: bool) -> Size:
+    """Of a whole window."""
+    size = total(size_of(item, units) for item in items)
+    if not is_thought_sent:
+        return size
+    last = max((index for index, item in enumerate(items) if is_from_user(item)), default=0)
+    early, late = (total(thought_size(item, units) for item in part) for part in (items[:last], items[last:]))
+    return total([size, early, late, Size(thought=early.text)])
+
+
+def added_size(items: list[Json], start: int, units: Units, is_thought_sent: bool) -> Size:
+    """Of what comes to a window that the backend has counted up to `start`, the answer before it included.
+
+    What the model thought for that answer was counted too, and may not be in the window any more.
+    """
+    new = total([Size(entries=1), *(size_of(item, units) for item in items[start:])])
+    thought = _last_thought(items[:start], units)
+    if not is_thought_sent:
+        return new._replace(text=new.text - thought.text, odd=new.odd - thought.odd)
+    is_over = any(map(is_from_user, items[start:]))
+    return new._replace(thought=thought.text) if is_over else new
+
+
+def _last_thought(items: list[Json], units: Units) -> Size:
+    """Since the last user message."""
+    since = takewhile(lambda item: not is_from_user(item), reversed(items))
+    return total(thought_size(item, units) for item in since)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+# Tokens for each part of a size before anything is known of a model, and how far they may be from it.
+PRIOR = Size(1.0, 0.25, 4.0, 4.0, 800.0, 0.0, 4.0, 0.0, 40.0)
+SPREAD = Size(0.5, 0.25, 4.0, 15.0, 600.0, 0.5, 30.0, 15.0, 60.0)
+LOWEST = Size(0.1, 0.0, 0.0, 0.0, 0.0, -2.0, 0.0, -500.0, 0.0)
+HIGHEST = Size(10.0, 3.0, 50.0, 100.0, 20_000.0, 0.0, 5000.0, 500.0, 5000.0)
+# How far a backend's count is from what the size tells, relative to it.
+NOISE = 0.05
+MEMORY = 0.98
+# Smaller counts are not to weigh more than this.
+SMALLEST_TOKENS = 16
+RIDGE = tuple((NOISE / spread) ** 2 for spread in SPREAD)
+PARTS = range(len(PRIOR))
+
+
+class Weights:
+    """What the parts of a size weigh for one model."""
+
+    def __init__(self, seen: int = 0, sums: list[float] | None = None) -> None:
+        """`sums`: of the products of parts with each other, and with tokens, as `kept` gives them."""
+        self.seen = seen
+        self._sums = sums or [0.0] * (len(PRIOR) * (len(PRIOR) + 1))
+        self._weights = self._solved()
+
+    def tokens(self, size: Size) -> float:
+        return max(0.0, sum(part * weight for part, weight in zip(size, self._weights, strict=True)))
+
+    def learn(self, size: Size, tokens: float) -> None:
+        """One count of the backend; earlier ones fade."""
+        scale = max(abs(tokens), SMALLEST_TOKENS)
+        row = [part / scale for part in (*size, tokens)]
+        products = (row[i] * value for i in PARTS for value in row)
+        self._sums = [MEMORY * kept + product for kept, product in zip(self._sums, products, strict=True)]
+        self._weights = self._solved()
+        self.seen += 1
+
+    def kept(self) -> bytes:
+        return orjson.dumps([self.seen, self._sums])
+
+    def _solved(self) -> list[float]:
+        """The weights that fit best, drawn to the prior where little is known. Gauss-Jordan: the matrix is definite."""
+        width = len(PRIOR) + 1
+        rows = [self._sums[i * width : (i + 1) * width] for i in PARTS]
+        for i in PARTS:
+            rows[i][i] += RIDGE[i]
+            rows[i][-1] += RIDGE[i] * PRIOR[i]
+        for i in PARTS:
+            rows[i] = [value / rows[i][i] for value in rows[i]]
+            for j in PARTS:
+                if j != i:
+                    rows[j] = [a - rows[j][i] * b for a, b in zip(rows[j], rows[i], strict=True)]
+        return [min(max(row[-1], low), high) for row, low, high in zip(rows, LOWEST, HIGHEST, strict=True)]
+
+
+def restored_weights(kept: bytes) -> Weights:
+    """What `kept` gave; of another version, whose sizes have other parts, nothing."""
+    seen, sums = orjson.loads(kept)
+    return Weights(seen, sums) if len(sums) == len(PRIOR) * (len(PRIOR) + 1) else Weights()
+
+
+# -- all models --------------------------------------------------------------------------------------------------------
+
+# A model whose backend has counted so often is known well enough.
+KNOWN_AFTER = 3
+# Of a model that is known, every so manieth count is learned from.
+LEARNED_ALWAYS, LEARNED_EVERY = 32, 16
+
+
+class Counter:
+    """The weights of all models, by name."""
+
+    def __init__(self, units: Units = by_bytes, unit: str = "bytes") -> None:
+        self.units = units
+        self._unit = unit
+        self._weights: dict[str, Weights] = {}
+        self._offered = 0
+        self._changed: set[str] = set()
+
+    def tokens(self, model: str, size: Size) -> float:
+        return self._of(model).tokens(size)
+
+    def knows(self, model: str) -> bool:
+        return self._of(model).seen >= KNOWN_AFTER
+
+    def wants(self, model: str) -> bool:
+        """Whether a count of this model is worth the work of learning from it."""
+        self._offered += 1
+        return self._of(model).seen < LEARNED_ALWAYS or self._offered % LEARNED_EVERY == 0
+
+    def learn(self, model: str, size: Size, tokens: float) -> None:
+        self._of(model).learn(size, tokens)
+        self._changed.add(self._name(model))
+
+    def remember(self, facts: dict[str, bytes]) -> None:
+        """What `changed` gave at some time."""
+        self._weights |= {name: restored_weights(kept) for name, kept in facts.items()}
+
+    def changed(self) -> dict[str, bytes]:
+        """What was learned since this was last asked, as it is kept."""
+        names, self._changed = self._changed, set()
+        return {name: self._weights[name].kept() for name in names}
+
+    def _of(self, model: str) -> Weights:
+        return self._weights.setdefault(self._name(model), Weights())
+
+    def _name(self, model: str) -> str:
+        return f"{self._unit} {model}"

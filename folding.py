@@ -1,0 +1,171 @@
+"""What a compaction item holds, and the window that it lays out: what it stands for comes again, in fewer tokens.
+
+May not do I/O. A fold that is whole stands for all before it; one that `/responses/compact` gave stands for all but the
+user messages, which that route gives beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import orjson
+
+from errors import InvalidRequest
+from items import is_from_user, item_type
+from request import TRIGGER
+
+Json = dict[str, Any]
+
+# What compaction items are sealed as.
+COMPACTION = "compaction"
+# The key of an opened item under which its Fold is; nothing that a client sends holds one.
+FOLD = "fold"
+
+
+class Fold(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a compaction item holds. All but `summary` are items as they came, oldest first.
+
+    standing: system and developer messages, tools; users: user messages; tail: the newest turns.
+    """
+
+    summary: str = ""
+    standing: list[Json] = []
+    users: list[Json] = []
+    tail: list[Json] = []
+    is_whole: bool = True
+    version: int = 1
+
+
+def payload_of(fold: Fold) -> bytes:
+    return msgspec.json.encode(fold)
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+OpenSeal = Callable[[str | None, str], bytes | None]
+
+
+def opened(items: list[Json], open_seal: OpenSeal, root: str) -> list[Json]:
+    """The items, those of compaction with the fold in them. Raises: InvalidRequest for a blob that is not ours."""
+    return [_opened(item, open_seal, f"{root}[{n}]") if _is_compaction(item) else item for n, item in enumerate(items)]
+
+
+def _is_compaction(item: Json) -> bool:
+    return item.get("type") == COMPACTION
+
+
+def _opened(item: Json, open_seal: OpenSeal, path: str) -> Json:
+    given, blob = item.get("id"), item.get("encrypted_content")
+    payload = open_seal(given if isinstance(given, str) else None, blob) if isinstance(blob, str) else None
+    if payload is None:
+        raise InvalidRequest(
+            f"Invalid '{path}.encrypted_content': it was changed, belongs to somebody else, or was sealed with a key "
+            "that this server does not have.",
+            param=f"{path}.encrypted_content",
+            code="invalid_compaction_item",
+        )
+    return {"type": COMPACTION, FOLD: msgspec.json.decode(payload, type=Fold)}
+
+
+# -- folding -----------------------------------------------------------------------------------------------------------
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What is in a window: what its newest fold holds, and what came after it.
+
+    `history`: of earlier turns, the fold's tail included; `new`: of the request.
+    """
+
+    standing: list[Json]
+    users: list[Json]
+    summary: str
+    history: list[Json]
+    new: list[Json]
+
+    @property
+    def is_folded(self) -> bool:
+        return bool(self.users or self.summary)
+
+
+def folded(history: list[Json], new: list[Json]) -> Contents:
+    """The newest fold takes the place of all before it, but for system messages and the user messages it leaves out."""
+    history, new = _without_triggers(history), _without_triggers(new)
+    if found := _newest_fold(new):
+        at, fold = found
+        return _contents([*history, *new[:at]], fold, [], [*fold.tail, *new[at + 1 :]])
+    if found := _newest_fold(history):
+        at, fold = found
+        return _contents(history[:at], fold, [*fold.tail, *history[at + 1 :]], new)
+    return Contents([], [], "", history, new)
+
+
+def _without_triggers(items: list[Json]) -> list[Json]:
+    return [item for item in items if item.get("type") != TRIGGER]
+
+
+def _newest_fold(items: list[Json]) -> tuple[int, Fold] | None:
+    found = ((n, items[n].get(FOLD)) for n in reversed(range(len(items))))
+    return next(((n, fold) for n, fold in found if isinstance(fold, Fold)), None)
+
+
+def _contents(before: list[Json], fold: Fold, history: list[Json], new: list[Json]) -> Contents:
+    standing = [item for item in before if is_standing(item)]
+    known = {_said(item) for item in standing}
+    standing = [*(item for item in fold.standing if _said(item) not in known), *standing]
+    users = fold.users if fold.is_whole else [*(item for item in before if is_from_user(item)), *fold.users]
+    return Contents(standing, users, fold.summary, history, new)
+
+
+SYSTEM_ROLES = ("system", "developer")
+STANDING_TYPES = frozenset({"additional_tools", "configuration_update"})
+
+
+def is_standing(item: Json) -> bool:
+    """Whether it says how to go on, and not what went on."""
+    return item.get("role") in SYSTEM_ROLES or item_type(item) in STANDING_TYPES
+
+
+def _said(item: Json) -> bytes:
+    """What an item says, however a client labelled it."""
+    labels = ("id", "status", "type")
+    return orjson.dumps({k: v for k, v in item.items() if k not in labels}, option=orjson.OPT_SORT_KEYS)
+
+
+# -- laying out --------------------------------------------------------------------------------------------------------
+
+USERS_HEAD = "My earlier messages in this conversation, word for word, oldest first:"
+SUMMARY_HEAD = "Everything else that was said and done before, as you recorded it:"
+# Chat templates want the two sides to alternate.
+ACKNOWLEDGED = {"type": "message", "role": "assistant", "content": "I have read the record and go on from there."}
+
+
+def laid_out(contents: Contents) -> list[Json]:
+    """The items of a window for the model, oldest first."""
+    rest = [*contents.history, *contents.new]
+    if not contents.is_folded:
+        return [*contents.standing, *rest]
+    is_answered = bool(rest) and is_from_user(rest[0])
+    return [*contents.standing, record_of(contents.users, contents.summary), *([ACKNOWLEDGED] * is_answered), *rest]
+
+
+def record_of(users: list[Json], summary: str) -> Json:
+    """One user message: what users said, and the summary of the rest."""
+    parts: list[Json] = []
+    if users:
+        parts.append(_text(USERS_HEAD))
+    for item in users:
+        parts += [_text("<message>"), *_parts(item), _text("</message>")]
+    if summary:
+        parts.append(_text(f"{SUMMARY_HEAD}\n<record>\n{summary}\n</record>"))
+    return {"type": "message", "role": "user", "content": parts}
+
+
+def _text(text: str) -> Json:
+    return {"type": "input_text", "text": text}
+
+
+def _parts(item: Json) -> list[Json]:
+    content = item.get("content")
+    return [_text(content)] if isinstance(content, str) else content or []
