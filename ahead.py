@@ -11,11 +11,12 @@ import logging
 import msgspec
 
 from errors import ProxyError
-from fitting import AHEAD, Fitter, Need, Window
+from fitting import AHEAD, Fitter, Need
 from folding import payload_of
 from leases import Leases
 from past import Pasts
 from sealing import Seals
+from weighing import Prompt
 
 log = logging.getLogger("responses_proxy.ahead")
 
@@ -31,43 +32,43 @@ class Ahead:
         self._seals = seals
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, window: Window, response_id: str, tokens: float | None) -> None:
+    def consider(self, prompt: Prompt, response_id: str, tokens: float | None) -> None:
         """`tokens`: of the window and the answer to it, where the backend counted them."""
-        if self._fitter.settings.ahead and window.request.is_stored and tokens:
-            task = asyncio.create_task(self._made(window, response_id, tokens))
+        if self._fitter.settings.ahead and prompt.request.is_stored and tokens:
+            task = asyncio.create_task(self._made(prompt, response_id, tokens))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _made(self, window: Window, response_id: str, tokens: float) -> None:
+    async def _made(self, prompt: Prompt, response_id: str, tokens: float) -> None:
         """Nothing waits for it: a failure is logged, and the next turn does the work."""
         try:
-            limit = await self._fitter.limit(window)
+            limit = await self._fitter.limit(prompt)
             if tokens >= limit:
-                await self._make(window, response_id, limit, tokens)
+                await self._make(prompt, response_id, limit, tokens)
         except ProxyError as error:
             log.warning("%s could not be compacted ahead: %s", response_id, error.message)
 
-    async def _make(self, window: Window, response_id: str, limit: float, tokens: float) -> None:
+    async def _make(self, prompt: Prompt, response_id: str, limit: float, tokens: float) -> None:
         lease = self._leases.lease(f"{AHEAD} {response_id}")
         if not await lease.acquire(0):
             return
         try:
             child = msgspec.structs.replace(
-                window.request, input=None, previous_response_id=response_id, conversation=None
+                prompt.request, input=None, previous_response_id=response_id, conversation=None
             )
-            past, _ = await self._pasts.seen(child, window.caller.owner)
+            past, _ = await self._pasts.seen(child, prompt.caller.owner)
             if past.before.ahead is None:
-                whole = msgspec.structs.replace(window, request=child, past=past)
-                need = Need("ahead", limit, tokens, self._fitter.scale(whole, tokens))
+                whole = msgspec.structs.replace(prompt, request=child, past=past)
+                need = Need("ahead", limit, tokens, self._fitter.weigher.scale(whole, tokens))
                 await self._keep(whole, response_id, need)
         finally:
             await lease.release()
 
-    async def _keep(self, window: Window, response_id: str, need: Need) -> None:
-        owner = window.caller.owner
-        made = await self._fitter.made(window, need)
+    async def _keep(self, prompt: Prompt, response_id: str, need: Need) -> None:
+        owner = prompt.caller.owner
+        made = await self._fitter.made(prompt, need)
         blob = self._seals.seal(AHEAD, owner, response_id, payload_of(made.fold))
-        await self._store.keep_ahead(owner, response_id, blob.encode(), window.past.before.items)
+        await self._store.keep_ahead(owner, response_id, blob.encode(), prompt.past.before.items)
 
     async def close(self) -> None:
         """Work under way is dropped: the next turn does it."""

@@ -81,6 +81,7 @@ class Background:
         self.watcher = means.watcher
         self.logs = Logs(store, means.watcher, means.sources.clock, settings.stream_retention_s)
         self._stopping: asyncio.Task[None] | None = None
+        self.pasts = turns.pasts
         self._turns = turns
         self._seals = means.seals
         self._sources = means.sources

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from items import is_from_user, item_type
+from items import ITEMS, is_from_user, item_type
 from records import OUTPUT_ID_PREFIX
-from request import TurnRequest
 
 Json = dict[str, Any]
 # What a text comes to: tokens, about, and bytes that make more of them than others do.
@@ -54,6 +53,10 @@ class Size(NamedTuple):
     tools: float = 0.0
 
 
+def difference(new: Size, old: Size) -> Size:
+    return Size(*(a - b for a, b in zip(new, old, strict=True)))
+
+
 def total(sizes: Iterable[Size]) -> Size:
     return Size(*map(sum, zip(Size(), *sizes, strict=True)))
 
@@ -71,6 +74,8 @@ PICTURED = frozenset({"image_url", "input_audio", "file_url"})
 def size_of(item: Json, units: Units) -> Size:
     """Of one item, reasoning aside."""
     kind = item_type(item)
+    if kind in ITEMS and ITEMS[kind].left_out:
+        return Size()
     entry = Size(entries=1, outputs=kind in OUTPUT_ID_PREFIX)
     return Size() if kind == "reasoning" else total([entry, *_sizes(item, units)])
 
@@ -103,12 +108,12 @@ def _sizes_under(key: str, value: Any, units: Units) -> Iterator[Size]:
         yield from _sizes(value, units)
 
 
-def standing_size(request: TurnRequest, units: Units) -> Size:
-    """Of what a request puts before its items: instructions, tools and format."""
-    schema = request.text and request.text.format and request.text.format.schema
-    declared = [orjson.dumps(each).decode() for each in (*(request.tools or ()), schema) if each]
-    texts = (request.instructions or "", "".join(declared))
-    whole = Size(whole=1, instructed=bool(request.instructions), tools=bool(request.tools))
+def standing_size(said: Json, units: Units) -> Size:
+    """Of what stands before the items: instructions, tools and format, as a response repeats them."""
+    instructions, tools = said.get("instructions") or "", said.get("tools") or []
+    schema = ((said.get("text") or {}).get("format") or {}).get("schema")
+    texts = (instructions, "".join(orjson.dumps(each).decode() for each in (*tools, schema) if each))
+    whole = Size(whole=1, instructed=bool(instructions), tools=bool(tools))
     return total([whole, *(Size(*units(text)) for text in texts)])
 
 

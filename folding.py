@@ -15,6 +15,7 @@ import orjson
 from errors import InvalidRequest
 from items import is_from_user, item_type
 from request import TRIGGER
+from tools import CALL_ID_PREFIX
 
 Json = dict[str, Any]
 
@@ -112,8 +113,8 @@ def _newest_fold(items: list[Json]) -> tuple[int, Fold] | None:
 
 def _contents(before: list[Json], fold: Fold, history: list[Json], new: list[Json]) -> Contents:
     standing = [item for item in before if is_standing(item)]
-    known = {_said(item) for item in standing}
-    standing = [*(item for item in fold.standing if _said(item) not in known), *standing]
+    known = {said_by(item) for item in standing}
+    standing = [*(item for item in fold.standing if said_by(item) not in known), *standing]
     users = fold.users if fold.is_whole else [*(item for item in before if is_from_user(item)), *fold.users]
     return Contents(standing, users, fold.summary, history, new)
 
@@ -127,10 +128,19 @@ def is_standing(item: Json) -> bool:
     return item.get("role") in SYSTEM_ROLES or item_type(item) in STANDING_TYPES
 
 
-def _said(item: Json) -> bytes:
+LABELS = ("id", "status")
+
+
+def said_by(item: Json) -> bytes:
     """What an item says, however a client labelled it."""
-    labels = ("id", "status", "type")
-    return orjson.dumps({k: v for k, v in item.items() if k not in labels}, option=orjson.OPT_SORT_KEYS)
+    said = {k: v for k, v in item.items() if k not in LABELS}
+    if item_type(item) == "message":
+        said = {"role": item.get("role"), "content": [_text_of(part) for part in _parts(item)]}
+    return orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+
+
+def _text_of(part: Any) -> Any:
+    return part.get("text", part) if isinstance(part, dict) else part
 
 
 # -- laying out --------------------------------------------------------------------------------------------------------
@@ -146,8 +156,15 @@ def laid_out(contents: Contents) -> list[Json]:
     rest = [*contents.history, *contents.new]
     if not contents.is_folded:
         return [*contents.standing, *rest]
-    is_answered = bool(rest) and is_from_user(rest[0])
-    return [*contents.standing, record_of(contents.users, contents.summary), *([ACKNOWLEDGED] * is_answered), *rest]
+    record = record_of(contents.users, contents.summary)
+    return [*contents.standing, record, *([ACKNOWLEDGED] if _goes_on_with_user(rest) else ()), *rest]
+
+
+def _goes_on_with_user(items: list[Json]) -> bool:
+    """Whether the first of them that becomes a chat message is not the assistant's."""
+    spoken = (item for item in items if item_type(item) == "message" or item_type(item) in CALL_ID_PREFIX)
+    first = next(spoken, None)
+    return first is not None and item_type(first) == "message" and first.get("role") != "assistant"
 
 
 def record_of(users: list[Json], summary: str) -> Json:

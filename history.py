@@ -117,16 +117,23 @@ def unsealed(
     return opened, foreign
 
 
-def with_blob_ids(items: list[Json], id_of: Callable[[str], str | None]) -> list[Json]:
-    """The items; reasoning that came without its id has the one that its `encrypted_content` is bound to."""
+# Types of items that hold what was sealed here, which is their kind for the seals too.
+SEALED_TYPES = ("reasoning", "compaction")
+
+
+def with_blob_ids(items: list[Json], id_of: Callable[[str, str], str | None]) -> list[Json]:
+    """The items; one that came without its id has the one that its `encrypted_content` is bound to.
+
+    id_of: of a kind of items, and a blob.
+    """
     return [_with_blob_id(item, id_of) for item in items]
 
 
-def _with_blob_id(item: Json, id_of: Callable[[str], str | None]) -> Json:
-    blob = item.get("encrypted_content")
-    if item.get("type") != "reasoning" or item.get("id") or not isinstance(blob, str):
+def _with_blob_id(item: Json, id_of: Callable[[str, str], str | None]) -> Json:
+    blob, kind = item.get("encrypted_content"), item.get("type")
+    if kind not in SEALED_TYPES or item.get("id") or not isinstance(blob, str):
         return item
-    found = id_of(blob)
+    found = id_of(kind, blob)
     return {**item, "id": found} if found else item
 
 

@@ -21,7 +21,7 @@ from records import decoded
 from request import TurnRequest
 from run_verbs import UNFINISHED
 from sealing import Seals
-from verbs import CONTINUED, Store, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
+from verbs import CONTINUED, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
 from watching import LOOK_AGAIN_S, Watcher
 
 Json = dict[str, Any]
@@ -109,7 +109,9 @@ class Pasts:
         check_ids(items, "input")
         window = await self._window(request, owner, None)
         if window.status in UNFINISHED:
-            return Past(folded([], []), await self._own(items, owner)), False
+            own = await self.own(items, owner)
+            self.check_folds(own, owner, "input")
+            return Past(folded([], []), own), False
         return await self._found(request, owner, window, None), True
 
     async def _ended_window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
@@ -126,7 +128,7 @@ class Pasts:
         raise still_running(parent)
 
     async def _found(self, request: TurnRequest, owner: str, window: Window, lease: Lease | None) -> Past:
-        new = await self._own(request.items, owner)
+        new = await self.own(request.items, owner)
         history = decoded(window.items)
         refuse_repeated(history, new)
         open_fold = partial(self._seals.open, COMPACTION, owner)
@@ -139,10 +141,16 @@ class Pasts:
         contents = msgspec.structs.replace(contents, history=earlier, new=current)
         return Past(contents, new, (*left_out, *lost, *foreign), lease, window)
 
-    async def _own(self, items: list[Json], owner: str) -> list[Json]:
-        """The request's items as they are kept, but for ids that nobody gave. Raises: NotFound, StoreError."""
-        new = await with_references(self._store, owner, items)
-        return with_blob_ids(new, partial(self._seals.item_id, REASONING, owner))
+    def check_folds(self, items: list[Json], owner: str, root: str) -> None:
+        """Raises: InvalidRequest for a compaction item that no window could be laid out from."""
+        opened(items, partial(self._seals.open, COMPACTION, owner), root)
+
+    async def own(self, items: list[Json], owner: str) -> list[Json]:
+        """New items as they are kept, but for ids that nobody gave. Raises: NotFound, StoreError."""
+        if ids := references(items):
+            found = await self._store.items(owner, ids)
+            items = resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))
+        return with_blob_ids(items, lambda kind, blob: self._seals.item_id(kind, owner, blob))
 
     async def _lock(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Lease | None:
         """Only who adds to a conversation locks it. Raises: ConversationLocked, NotFound."""
@@ -182,12 +190,3 @@ def _alone(items: list[Json]) -> Past:
 def _is_alone(request: TurnRequest) -> bool:
     """Whether it continues nothing and refers to nothing."""
     return isinstance(request.input, str) and not request.previous_response_id and not request.conversation
-
-
-async def with_references(store: Store, owner: str, items: list[Json]) -> list[Json]:
-    """The items, references replaced by what they name. Raises: NotFound, StoreError."""
-    ids = references(items)
-    if not ids:
-        return items
-    found = await store.items(owner, ids)
-    return resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))

@@ -52,7 +52,7 @@ AT_OR_ABOVE = """SELECT seq, thread, depth, status FROM turn WHERE thread = ? AN
 NEWEST_COMPACTION = f"""SELECT depth, seq * {PLACES} + compaction FROM turn
     WHERE thread = ? AND depth <= ? AND compaction IS NOT NULL ORDER BY depth DESC LIMIT 1"""
 # What a window tells of its newest turn.
-TOLD = """SELECT turn.body, coalesce(settings.model, ''), turn.ahead FROM turn
+TOLD = """SELECT turn.body, coalesce(settings.body, x''), turn.ahead FROM turn
     LEFT JOIN settings ON settings.seq = turn.settings WHERE turn.seq = ?"""
 THREAD = "SELECT parent, parent_depth, is_conversation FROM thread WHERE seq = ?"
 # Items of a span in the order of the chain; no sorting, because seq grows with depth, and from parent to child thread.

@@ -20,7 +20,6 @@ from event_log import Follower
 from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
 from lists import conversation_object, item_list, list_object, listed_item, shown
-from past import with_references
 from records import identified, new_items, restored
 from request import INCLUDABLE, RequestLimits, check_metadata, invalid, parse_body
 from sources import Sources
@@ -100,6 +99,7 @@ class Stored:
     ) -> None:
         self._store = store
         self._background = background
+        self._pasts = background.pasts
         self._sources = sources
         self._limits = limits
         self._conversation_wait_s = conversation_wait_s
@@ -217,9 +217,10 @@ class Stored:
     async def _checked(self, owner: str, items: list[Json]) -> list[Json]:
         """Items that can be rendered later, references replaced, with ids. Raises: InvalidRequest, NotFound."""
         check_ids(items, "items")
-        items = await with_references(self._store, owner, items)
+        items = await self._pasts.own(items, owner)
         refuse_repeated([], items)
         check_items(items, "items")
+        self._pasts.check_folds(items, owner, "items")
         return identified(items, self._sources.new_id)
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:

@@ -21,6 +21,7 @@ from chunks import (
     delta_of,
     details_text,
     flat_annotation,
+    joined_usage,
     logprobs_of,
     usage_of,
     written_bytes,
@@ -144,7 +145,7 @@ class ResponseStream:
     def compacted(self, item: Json, usage: Json) -> list[Event]:
         """The events of a compaction item, which comes before all else; `usage`: what it took to make it."""
         self._events = []
-        self._compaction_usage = usage
+        self._compaction_usage = joined_usage(self._compaction_usage, usage) if self._compaction_usage else usage
         self._done(self._item or self._begin({**item, "encrypted_content": ""}), item)
         return self._events
 
@@ -182,7 +183,8 @@ class ResponseStream:
             self._output[self._item.index] = self._ended(self._item, "incomplete")
         self._item = None
         self._response |= {"status": "failed", "error": error.to_response_error(), "completed_at": None}
-        self._response["usage"] = usage_of(self._usage, self._compaction_usage) if self._usage else None
+        is_counted = self._usage or self._compaction_usage
+        self._response["usage"] = usage_of(self._usage or {}, self._compaction_usage) if is_counted else None
         self._event("response.failed", response=self.snapshot())
         return self._events
 

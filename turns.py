@@ -21,7 +21,7 @@ from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
 from errors import ProxyError, UpstreamBroken, UpstreamError, WindowExceeded
-from fitting import Fit, FitMeans, Fitter, Need, Window
+from fitting import Fit, FitMeans, Fitter, Need
 from history import sealable
 from leases import Leases
 from metrics import Metrics
@@ -36,6 +36,7 @@ from translation import check_items
 from upstream import ChatStream, Upstreams
 from verbs import FirstUse, ItemIds, NewTurn
 from watching import Watcher
+from weighing import Prompt
 
 log = logging.getLogger("responses_proxy.turns")
 
@@ -115,9 +116,8 @@ class Turns:
         past = await self.pasts.of(asked.request, asked.caller.owner, course.place)
         try:
             ready = await self.renderer.rendered(asked.request, past.window, past.left_out)
-            window = Window(asked.request, asked.caller, past, ready.way)
-            fit = Fit(self.fitter, window, ready.rendered.body, course.item_ids)
-            await fit.look()
+            prompt = Prompt(asked.request, asked.caller, past, ready.way)
+            fit = Fit(self.fitter, prompt, ready.rendered.body, course.item_ids)
             return self._turn(asked, course, ready, fit)
         except BaseException:
             await past.release()
@@ -207,7 +207,7 @@ class Keeper(msgspec.Struct, frozen=True):
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
-        save, past, response = self.course.save, self.fit.window.past, machine.snapshot()
+        save, past, response = self.course.save, self.fit.prompt.past, machine.snapshot()
         if save is None:
             return
         inputs = identified(past.own, self.course.item_ids)
@@ -221,7 +221,7 @@ class Keeper(msgspec.Struct, frozen=True):
         if lease and is_saved:
             await lease.was_given_back()
         if is_saved and not turn.is_detached:
-            self.ahead.consider(self.fit.window, turn.id, counted_tokens(turn.body))
+            self.ahead.consider(self.fit.prompt, turn.id, counted_tokens(turn.body))
 
 
 class Turn:
@@ -233,7 +233,7 @@ class Turn:
         self._machine = machine
         self._keeper = keeper
         self._created_after_s = created_after_s
-        self._accepting: asyncio.Task[ChatStream] | None = None
+        self._accepting: asyncio.Task[ChatStream | Need] | None = None
         self._is_told = False
         self._is_kept = False
         self._unsaid: list[Event] = []
@@ -241,20 +241,20 @@ class Turn:
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
         try:
-            if self._fit.need:
-                await self._compact(self._fit.need)
+            if need := await self._fit.look():
+                await self._compact(need)
             if not self._fit.is_mere:
                 self._machine.feed(await self._completion())
             self._machine.close()
             await self._keeper.keep(self._machine, [])
-            self._fit.learn(self._machine.counted)
+            self._learn()
             return self._machine.snapshot()
         finally:
-            await self._fit.window.past.release()
+            await self._fit.prompt.past.release()
 
     async def _completion(self) -> Json:
         """Asked for once more when the window was too full at first."""
-        way, bearer = self._fit.window.way, self._fit.window.caller.bearer
+        way, bearer = self._fit.prompt.way, self._fit.prompt.caller.bearer
         try:
             return await way.upstream.complete(self._fit.body, bearer)
         except WindowExceeded as refused:
@@ -285,8 +285,6 @@ class Turn:
 
         Raises: UpstreamError when the backend refuses at once. After that, failures are events.
         """
-        if self._fit.need or self._fit.is_mere:
-            return
         accepting = self._call_backend()
         try:
             done, _ = await asyncio.wait({accepting}, timeout=self._created_after_s)
@@ -301,10 +299,16 @@ class Turn:
         if not (isinstance(error, WindowExceeded) and self._fit.can_change):
             raise error
 
-    def _call_backend(self) -> asyncio.Task[ChatStream]:
-        window = self._fit.window
-        self._accepting = asyncio.create_task(window.way.upstream.stream(self._fit.body, window.caller.bearer))
+    def _call_backend(self) -> asyncio.Task[ChatStream | Need]:
+        self._accepting = asyncio.create_task(self._asked())
         return self._accepting
+
+    async def _asked(self) -> ChatStream | Need:
+        """What the backend answers, or why it cannot be asked yet."""
+        if need := await self._fit.look():
+            return need
+        prompt = self._fit.prompt
+        return await prompt.way.upstream.stream(self._fit.body, prompt.caller.bearer)
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of a turn in batches; the last one is terminal, whatever happens."""
@@ -326,41 +330,35 @@ class Turn:
         """All events after the first, but for the terminal one of a failure."""
         if self._fit.is_mere:
             yield self._machine.compacting(self._fit.item_id)
-        if self._fit.need:
-            yield await self._compact(self._fit.need)
-        if not self._fit.is_mere:
-            async with contextlib.aclosing(self._answer()) as batches:
-                async for batch in batches:
-                    yield batch
-        yield await self._finished()
-
-    async def _answer(self) -> AsyncGenerator[list[Event], None]:
-        """What the backend says; asked once more when the window was too full at first."""
         try:
             async with contextlib.aclosing(self._relayed()) as batches:
                 async for batch in batches:
                     yield batch
-            return
-        except WindowExceeded as error:
+        except WindowExceeded as refused:
             if self._machine.has_answer:
                 raise
-            refused = error
-        await self._let_go()
-        yield await self._change(refused)
-        async with contextlib.aclosing(self._relayed()) as batches:
-            async for batch in batches:
-                yield batch
+            await self._let_go()
+            yield await self._change(refused)
+            async with contextlib.aclosing(self._relayed()) as batches:
+                async for batch in batches:
+                    yield batch
+        yield await self._finished()
 
     async def _relayed(self) -> AsyncGenerator[list[Event], None]:
-        machine = self._machine
+        """What the backend says, after the compaction that the window needs."""
         stream = await (self._accepting or self._call_backend())
+        if isinstance(stream, Need):
+            yield await self._compact(stream)
+            stream = stream if self._fit.is_mere else await self._call_backend()
+        if isinstance(stream, Need):
+            return
         async for chunks in stream:
             events: list[Event] = []
             for chunk in chunks:
-                events += machine.feed(chunk)
+                events += self._machine.feed(chunk)
             if events:
                 yield events
-        if not stream.done and not machine.ended:
+        if not stream.done and not self._machine.ended:
             raise UpstreamBroken("The backend closed its stream before the answer was finished.")
 
     async def _finished(self) -> list[Event]:
@@ -381,8 +379,15 @@ class Turn:
             self._is_kept = saving.done() and not saving.cancelled() and saving.exception() is None
             raise
         self._is_told = True
-        self._fit.learn(self._machine.counted)
+        self._learn()
         return last + self._machine.finish()
+
+    def _learn(self) -> None:
+        """Counting never fails a turn."""
+        try:
+            self._fit.learn(self._machine.counted)
+        except Exception:
+            log.exception("nothing could be learned from the usage of a turn")
 
     async def _failed(self, error: ProxyError) -> list[Event]:
         """The terminal event, and a record of the failure where one can be kept: clients know the id by now."""
@@ -408,7 +413,7 @@ class Turn:
         try:
             await self._let_go()
         finally:
-            await self._fit.window.past.release()
+            await self._fit.prompt.past.release()
 
     async def _let_go(self) -> None:
         accepting, self._accepting = self._accepting, None
@@ -418,6 +423,8 @@ class Turn:
             await asyncio.wait({accepting})
 
 
-def _closed(accepting: asyncio.Task[ChatStream]) -> None:
-    if not accepting.cancelled() and accepting.exception() is None:
-        accepting.result().close()
+def _closed(accepting: asyncio.Task[ChatStream | Need]) -> None:
+    if accepting.cancelled() or accepting.exception() is not None:
+        return
+    if isinstance(stream := accepting.result(), ChatStream):
+        stream.close()

@@ -86,15 +86,15 @@ class KeptResponse(msgspec.Struct, frozen=True):
 class Window(msgspec.Struct, frozen=True):
     """The items from the newest compaction item on, oldest first, as JSON.
 
-    `status`, `body` and `model` are the newest turn's, whose items begin at index `newest`; what a client put into a
-    conversation has no body and no model. `ahead` is what was kept to stand for all the items.
+    `status`, `body` and `settings` are the newest turn's, whose items begin at index `newest`; what a client put into
+    a conversation has neither body nor settings. `ahead` is what was kept to stand for all the items.
     """
 
     status: str
     items: list[bytes]
     newest: int
     body: bytes = b""
-    model: str = ""
+    settings: bytes = b""
     ahead: bytes | None = None
 
 

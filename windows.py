@@ -12,13 +12,14 @@ import msgspec
 
 from auth import Caller
 from errors import InvalidRequest
-from fitting import Fitter, Need, Window
+from fitting import Fitter, Need
 from lists import listed_item
 from past import Past, Pasts
 from records import identified
 from request import TRIGGER, RequestLimits, TurnRequest, parse_body, parse_request
 from sources import Sources
 from verbs import ItemIds, still_running
+from weighing import Prompt
 
 Json = dict[str, Any]
 
@@ -64,8 +65,8 @@ class Windows:
         past = await self._past(request, caller)
         ready = await self._fitter.renderer.ready(request, past.window, past.left_out)
         chat = ready.rendered.body
-        window = Window(request, caller, past, ready.way)
-        tokens = await self._fitter.counted(window, chat, 0.0) if chat["messages"] or chat.get("tools") else 0.0
+        prompt = Prompt(request, caller, past, ready.way)
+        tokens = await self._fitter.weigher.counted(prompt, chat, 0.0) if chat["messages"] or chat.get("tools") else 0.0
         return Told({"object": "response.input_tokens", "input_tokens": round(tokens)}, unused + ready.ignored)
 
     async def compact(self, caller: Caller, raw: bytes) -> Told:
@@ -75,10 +76,10 @@ class Windows:
         past = await self._past(request, caller)
         if not past.window:
             raise InvalidRequest("Invalid 'input': there is nothing to compact.", param="input")
-        window = Window(request, caller, past, await self._fitter.renderer.way(request.model))
-        tokens = self._fitter.estimated(window)
-        need = Need("route", await self._fitter.limit(window), tokens, self._fitter.scale(window, tokens))
-        made = await self._fitter.made(window, need)
+        prompt = Prompt(request, caller, past, await self._fitter.renderer.way(request.model))
+        tokens = self._fitter.weigher.estimated(prompt)
+        need = Need("route", await self._fitter.limit(prompt), tokens, self._fitter.weigher.scale(prompt, tokens))
+        made = await self._fitter.made(prompt, need)
         response_id = self._sources.new_id("resp")
         new_id = ItemIds(response_id)
         users = [_user_message(item, new_id) for item in made.fold.users]

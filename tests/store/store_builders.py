@@ -78,7 +78,7 @@ def kept(saved: NewTurn) -> KeptResponse:
 
 def window_of(newest: NewTurn, items: list[bytes], start: int = 0, ahead: bytes | None = None) -> Window:
     """What a window has to say whose newest turn, as it was saved, begins at an index."""
-    return Window(newest.status, items, start, newest.body, newest.model, ahead)
+    return Window(newest.status, items, start, newest.body, newest.settings, ahead)
 
 
 def conversation(conversation_id: str = "conv", metadata: bytes = b"{}") -> Conversation:

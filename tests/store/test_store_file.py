@@ -808,7 +808,7 @@ async def test_an_old_file_takes_what_is_kept_ahead_and_what_is_learned(
     await store.keep_learned({"m": b"1"})
     window = await store.window(OWNER, "d")
     assert window is not None
-    assert (window.model, window.body, window.ahead) == ("m", turn("d").body, b"ahead")
+    assert (window.settings, window.body, window.ahead) == (turn("d").settings, turn("d").body, b"ahead")
     assert await store.learned() == {"m": b"1"}
 
 

@@ -161,20 +161,20 @@ async def test_a_window_is_the_whole_chain_oldest_first(store: Store) -> None:
     assert await store.window(OWNER, "c") == window_of(turns[2], items, 4)
 
 
-async def test_a_window_tells_the_model_and_the_body_of_its_newest_turn(store: Store) -> None:
-    turns = [turn("a", model="one"), turn("b", "a", model="two", settings=b'{"n":2}')]
-    await save_all(store, *turns, turn("c", "a", model="three"), turn("d", "b"))
+async def test_a_window_tells_the_settings_and_the_body_of_its_newest_turn(store: Store) -> None:
+    turns = [turn("a", settings=b'{"n":1}'), turn("b", "a", settings=b'{"n":2}')]
+    await save_all(store, *turns, turn("c", "a", settings=b'{"n":3}'), turn("d", "b"))
     found = [await store.window(OWNER, turn_id) for turn_id in "ab"]
     assert found == [await store.window_before(OWNER, turn_id) for turn_id in "cd"]
-    assert [(window.model, window.body) for window in found if window] == [
-        ("one", turns[0].body),
-        ("two", turns[1].body),
+    assert [(window.settings, window.body) for window in found if window] == [
+        (b'{"n":1}', turns[0].body),
+        (b'{"n":2}', turns[1].body),
     ]
 
 
 async def test_nothing_is_told_of_a_turn_before_the_first_one(store: Store) -> None:
     await save_chain(store, "a")
-    assert await store.window_before(OWNER, "a") == Window("completed", [], 0, b"", "", None)
+    assert await store.window_before(OWNER, "a") == Window("completed", [], 0, b"", b"", None)
 
 
 async def test_a_window_has_the_items_that_input_items_does_not_show(store: Store) -> None:
@@ -1007,7 +1007,7 @@ async def test_the_window_of_a_conversation_is_that_of_its_newest_turn(store: St
     assert window == await store.window(OWNER, "b")
     assert window is not None
     assert (ids_in(window.items), window.newest, window.status) == (items, 7, "completed")
-    assert (window.body, window.model) == (turn("b").body, "m")
+    assert (window.body, window.settings) == (turn("b").body, turn("b").settings)
 
 
 async def test_the_window_of_a_conversation_ends_with_the_newest_batch(store: Store) -> None:
@@ -1016,7 +1016,7 @@ async def test_the_window_of_a_conversation_ends_with_the_newest_batch(store: St
     window = await store.conversation_window(OWNER, "conv")
     assert window is not None
     assert (ids_in(window.items), window.newest) == ([*items, "c.5", "c.6"], 9)
-    assert (window.body, window.model) == (b"", "")
+    assert (window.body, window.settings) == (b"", b"")
 
 
 async def test_responses_of_a_conversation_see_what_was_there_before_them(store: Store) -> None:
