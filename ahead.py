@@ -60,7 +60,8 @@ class Ahead:
             if past.before.ahead is None:
                 whole = msgspec.structs.replace(prompt, request=child, past=past)
                 need = Need("ahead", limit, tokens, self._fitter.weigher.scale(whole, tokens))
-                await self._keep(whole, response_id, need)
+                if self._fitter.helps(whole, need):
+                    await self._keep(whole, response_id, need)
         finally:
             await lease.release()
 

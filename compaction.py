@@ -6,14 +6,14 @@ May not do I/O: what counts tokens is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from folding import Contents, Fold, is_standing, record_of, said_by
+from folding import ACKNOWLEDGED, Contents, Fold, is_standing, record_of, said_by
 from history import call_id
 from items import is_from_user, item_type
 from records import OUTPUT_ID_PREFIX
@@ -139,7 +139,9 @@ def planned(contents: Contents, room: Room, tokens_of: TokensOf) -> Plan:
     is_long = tokens_of(earlier) > room.summary + words.record_tokens
     lost = [*standing.lost, *([earlier] if is_long else ()), *dropped, *(early if is_lost else ()), *tail.lost]
     kept = (standing.kept, users.kept, tail.kept)
-    return Plan(*kept, "" if is_long else contents.summary, lost, room.summary, room.summary + max(left, 0.0))
+    return Plan(
+        *kept, "" if is_long else contents.summary, lost, room.summary, room.summary + min(max(left, 0.0), room.summary)
+    )
 
 
 class _Words:
@@ -147,8 +149,9 @@ class _Words:
 
     def __init__(self, tokens_of: TokensOf) -> None:
         message = {"role": "user", "content": ""}
-        self.record_tokens = tokens_of(record_of([message], "-"))
-        self.message_tokens = tokens_of(record_of([message, message], "-")) - self.record_tokens
+        record_tokens = tokens_of(record_of([message], "-"))
+        self.message_tokens = tokens_of(record_of([message, message], "-")) - record_tokens
+        self.record_tokens = record_tokens + tokens_of(ACKNOWLEDGED)
 
 
 def grouped(items: list[Json]) -> list[list[Json]]:
@@ -169,41 +172,48 @@ def grouped(items: list[Json]) -> list[list[Json]]:
 
 
 def _parted(groups: list[list[Json]], tokens: float, tokens_of: TokensOf) -> tuple[list[Json], _Choice]:
-    """What is early, and the newest groups that fit; of the very newest one, what fits of it."""
+    """What is early, and the newest groups that fit; of the very newest one, what fits of it.
+
+    A call that waits for its output is never early: the output will come.
+    """
     answered = {call_id(item) for group in groups for item in group if item_type(item) in OUTPUT_ID_PREFIX}
     sizes = accumulate(sum(map(tokens_of, group)) for group in reversed(groups))
     start = len(groups) - sum(1 for size in sizes if size <= tokens)
-    early: list[Json] = []
-    tail: list[Json] = []
-    lost: list[Json] = []
-    for group in groups[:start]:
-        is_waiting = any(item_type(item) in CALL_ID_PREFIX and call_id(item) not in answered for item in group)
-        choice = _Choice([], [])
-        if is_waiting or (group is groups[-1] and tokens > 0):
-            choice = _cut_group(group, tokens, tokens_of, must_stay=is_waiting)
-        tail += choice.kept
-        lost += choice.lost
-        early += [] if choice.kept else group
-    return early, _Choice([*tail, *chain.from_iterable(groups[start:])], lost)
+    newest = _cut_group(groups[-1], tokens, tokens_of) if start == len(groups) > 0 else _Choice([], [])
+    waiting = {id(item) for group in groups[:start] for item in _waiting(group, answered)}
+    before = chain.from_iterable(groups[: start - bool(newest.kept)])
+    early, kept = _split(before, lambda item: id(item) not in waiting)
+    return early, _Choice([*kept, *newest.kept, *chain.from_iterable(groups[start:])], newest.lost)
 
 
-def _cut_group(group: list[Json], tokens: float, tokens_of: TokensOf, *, must_stay: bool) -> _Choice:
-    """Its calls stay whole, or nothing of it stays. `must_stay`: a call waits for its output, which will come."""
-    whole = [item for item in group if item_type(item) in (*CALL_ID_PREFIX, "reasoning")]
-    others = [item for item in group if item_type(item) not in (*CALL_ID_PREFIX, "reasoning")]
+def _split(items: Iterable[Json], is_first: Callable[[Json], bool]) -> tuple[list[Json], list[Json]]:
+    parts: tuple[list[Json], list[Json]] = ([], [])
+    for item in items:
+        parts[not is_first(item)].append(item)
+    return parts
+
+
+def _waiting(group: list[Json], answered: set[str | None]) -> list[Json]:
+    """The calls that wait for their output, and the reasoning that led to them."""
+    waits = [item_type(item) in CALL_ID_PREFIX and call_id(item) not in answered for item in group]
+    last = max((at for at, is_waiting in enumerate(waits) if is_waiting), default=-1)
+    return [item for at, item in enumerate(group[: last + 1]) if waits[at] or item_type(item) == "reasoning"]
+
+
+def _cut_group(group: list[Json], tokens: float, tokens_of: TokensOf) -> _Choice:
+    """Its calls stay whole, or nothing of it stays."""
+    whole, others = _split(group, lambda item: item_type(item) in (*CALL_ID_PREFIX, "reasoning"))
     share = (tokens - sum(map(tokens_of, whole))) / max(1, len(others))
-    if must_stay:
-        share = max(share, SMALLEST_CUT_TOKENS)
     cuts = {id(item): cut(item, share, tokens_of) for item in others}
-    if not must_stay and (share < 0 or None in cuts.values()):
+    if share < 0 or not others or None in cuts.values():
         return _Choice([], [])
-    kept = [cuts.get(id(item)) or item for item in group]
-    return _Choice(kept, [] if all(cuts[id(item)] is item for item in others) else group)
+    return _Choice([cuts.get(id(item)) or item for item in group], group)
 
 
 def _standing(items: list[Json], tokens: float, tokens_of: TokensOf) -> _Choice:
     """The last of equal ones. Tools stay; of messages that are too long, each gives the same part."""
-    items = list({said_by(item): item for item in items}.values())
+    last = {said_by(item): index for index, item in enumerate(items)}
+    items = [items[index] for index in sorted(last.values())]
     messages = [item for item in items if item_type(item) == "message"]
     size = sum(map(tokens_of, messages))
     if size <= tokens:

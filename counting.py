@@ -6,6 +6,7 @@ an entry of the chat template, of an image. A ridge regression learns it from th
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -154,8 +155,10 @@ SPREAD = Size(0.5, 0.25, 4.0, 15.0, 600.0, 0.5, 30.0, 15.0, 60.0)
 LOWEST = Size(0.1, 0.0, 0.0, 0.0, 0.0, -2.0, 0.0, -500.0, 0.0)
 HIGHEST = Size(10.0, 3.0, 50.0, 100.0, 20_000.0, 0.0, 5000.0, 500.0, 5000.0)
 # How far a backend's count is from what the size tells, relative to it.
-NOISE = 0.05
+NOISE = 0.02
 MEMORY = 0.98
+# From that error on another model may stand behind the name.
+FAR_OFF, SHORT_MEMORY = 0.15, 0.8
 # Smaller counts are not to weigh more than this.
 SMALLEST_TOKENS = 16
 RIDGE = tuple((NOISE / spread) ** 2 for spread in SPREAD)
@@ -168,19 +171,24 @@ class Weights:
     def __init__(self, seen: int = 0, sums: list[float] | None = None) -> None:
         """`sums`: of the products of parts with each other, and with tokens, as `kept` gives them."""
         self.seen = seen
+        self.is_off = False
         self._sums = sums or [0.0] * (len(PRIOR) * (len(PRIOR) + 1))
-        self._weights = self._solved()
+        # Solved when it is asked for: most turns only add to the sums.
+        self._weights: list[float] = []
 
     def tokens(self, size: Size) -> float:
+        self._weights = self._weights or self._solved()
         return max(0.0, sum(part * weight for part, weight in zip(size, self._weights, strict=True)))
 
     def learn(self, size: Size, tokens: float) -> None:
-        """One count of the backend; earlier ones fade."""
+        """One count of the backend; earlier ones fade, and fast when they did not foretell it."""
         scale = max(abs(tokens), SMALLEST_TOKENS)
+        self.is_off = bool(self._weights) and abs(self.tokens(size) - tokens) > FAR_OFF * scale
+        memory = SHORT_MEMORY if self.is_off else MEMORY
         row = [part / scale for part in (*size, tokens)]
         products = (row[i] * value for i in PARTS for value in row)
-        self._sums = [MEMORY * kept + product for kept, product in zip(self._sums, products, strict=True)]
-        self._weights = self._solved()
+        self._sums = [memory * kept + product for kept, product in zip(self._sums, products, strict=True)]
+        self._weights = []
         self.seen += 1
 
     def kept(self) -> bytes:
@@ -222,7 +230,7 @@ class Counter:
         self.units = units
         self._unit = unit
         self._weights: dict[str, Weights] = {}
-        self._offered = 0
+        self._offered: collections.Counter[str] = collections.Counter()
         self._changed: set[str] = set()
 
     def tokens(self, model: str, size: Size) -> float:
@@ -233,8 +241,9 @@ class Counter:
 
     def wants(self, model: str) -> bool:
         """Whether a count of this model is worth the work of learning from it."""
-        self._offered += 1
-        return self._of(model).seen < LEARNED_ALWAYS or self._offered % LEARNED_EVERY == 0
+        weights = self._of(model)
+        self._offered[model] += 1
+        return weights.is_off or weights.seen < LEARNED_ALWAYS or self._offered[model] % LEARNED_EVERY == 0
 
     def learn(self, model: str, size: Size, tokens: float) -> None:
         self._of(model).learn(size, tokens)
@@ -250,7 +259,10 @@ class Counter:
         return {name: self._weights[name].kept() for name in names}
 
     def _of(self, model: str) -> Weights:
-        return self._weights.setdefault(self._name(model), Weights())
+        name = self._name(model)
+        if name not in self._weights:
+            self._weights[name] = Weights()
+        return self._weights[name]
 
     def _name(self, model: str) -> str:
         return f"{self._unit} {model}"

@@ -110,7 +110,10 @@ class Fitter:
         if tokens < limit and not is_asked:
             return None
         need = Need("trigger" if is_asked else "threshold", limit, tokens, self.weigher.scale(prompt, tokens))
-        return need if is_asked or self._helps(prompt, need) else None
+        if is_asked or self.helps(prompt, need):
+            return need
+        log.warning("instructions and tools take too much of %d tokens: compaction cannot help", need.limit)
+        return None
 
     async def limit(self, prompt: Prompt) -> float:
         """The tokens from which on a window is compacted; inf: not before the backend refuses it."""
@@ -124,13 +127,10 @@ class Fitter:
     def _has_threshold(self) -> bool:
         return bool(self.settings.threshold_tokens or self.settings.threshold_fraction)
 
-    def _helps(self, prompt: Prompt, need: Need) -> bool:
+    def helps(self, prompt: Prompt, need: Need) -> bool:
         """Not so when instructions and tools alone take the room; then items have to grow to be worth it."""
         standing = self.weigher.standing_tokens(prompt, need.scale)
-        if standing <= need.limit * self.settings.target or need.tokens - standing >= 2 * LEAST_PART * need.limit:
-            return True
-        log.warning("instructions and tools take %d of %d tokens: compaction cannot help", standing, need.limit)
-        return False
+        return standing <= need.limit * self.settings.target or need.tokens - standing >= 2 * LEAST_PART * need.limit
 
     async def overflow(self, prompt: Prompt, refused: WindowExceeded) -> Need:
         """What the backend's refusal says of a window."""

@@ -7,6 +7,7 @@ user messages, which that route gives beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ Json = dict[str, Any]
 COMPACTION = "compaction"
 # The key of an opened item under which its Fold is; nothing that a client sends holds one.
 FOLD = "fold"
+FOLDING_TYPES = frozenset({COMPACTION, TRIGGER})
 
 
 class Fold(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,6 +94,8 @@ class Contents(msgspec.Struct, frozen=True):
 
 def folded(history: list[Json], new: list[Json]) -> Contents:
     """The newest fold takes the place of all before it, but for system messages and the user messages it leaves out."""
+    if not any(item.get("type") in FOLDING_TYPES for item in chain(history, new)):
+        return Contents([], [], "", history, new)
     history, new = _without_triggers(history), _without_triggers(new)
     if found := _newest_fold(new):
         at, fold = found
@@ -162,7 +166,7 @@ def laid_out(contents: Contents) -> list[Json]:
 
 def _goes_on_with_user(items: list[Json]) -> bool:
     """Whether the first of them that becomes a chat message is not the assistant's."""
-    spoken = (item for item in items if item_type(item) == "message" or item_type(item) in CALL_ID_PREFIX)
+    spoken = (item for item in items if item_type(item) in ("message", "mcp_call", *CALL_ID_PREFIX))
     first = next(spoken, None)
     return first is not None and item_type(first) == "message" and first.get("role") != "assistant"
 

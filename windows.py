@@ -18,6 +18,7 @@ from past import Past, Pasts
 from records import identified
 from request import TRIGGER, RequestLimits, TurnRequest, parse_body, parse_request
 from sources import Sources
+from translation import check_items
 from verbs import ItemIds, still_running
 from weighing import Prompt
 
@@ -74,6 +75,7 @@ class Windows:
         request, unused = self._parsed(_given(parse_body(raw, self._limits)), COMPACT_FIELDS)
         request = msgspec.structs.replace(request, input=[*request.items, {"type": TRIGGER}], store=False)
         past = await self._past(request, caller)
+        check_items(past.own, "input")
         if not past.window:
             raise InvalidRequest("Invalid 'input': there is nothing to compact.", param="input")
         prompt = Prompt(request, caller, past, await self._fitter.renderer.way(request.model))
