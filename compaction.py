@@ -5,7 +5,6 @@ May not do I/O: what counts tokens is handed in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -33,6 +32,7 @@ class CompactionSettings:
     threshold_fraction: Fraction = 0.0
     target: Annotated[float, msgspec.Meta(ge=0.1, le=0.9)] = 0.5
     on_overflow: bool = True
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0
     ahead: bool = False
     model: str = ""
     prompt: str = ""
@@ -299,7 +299,7 @@ def _level(lengths: list[int], allowed: float) -> float:
         if level < length:
             return level
         allowed -= length
-    return math.inf if not lengths else lengths[-1]
+    return lengths[-1] if lengths else 0.0
 
 
 def _without_pictures(parts: list[Any]) -> list[Any]:
@@ -324,7 +324,7 @@ def _cut_texts(value: Any) -> list[str]:
 def _shorter(value: Any, most: int) -> Any:
     """With all its texts that may be cut at most so long; a text is never made longer."""
     if isinstance(value, str):
-        half = max(0, most - len(MARK)) // 2
+        half = most // 2
         mark = MARK.format(len(value) - 2 * half)
         return value if len(value) <= 2 * half + len(mark) else f"{value[:half]}{mark}{value[len(value) - half :]}"
     if isinstance(value, list):

@@ -67,14 +67,14 @@ class Renderer:
         else:
             rendered = render(request, window, way.dialect, way.model)
         ignored = rendered.ignored + left_out
-        self._refuse_ignored(ignored)
+        self.refuse_ignored(ignored)
         if request.stream or request.background:
             rendered.body["stream"] = True
             if way.dialect.stream_usage:
                 rendered.body["stream_options"] = {"include_usage": True}
         return Ready(way, rendered, ignored)
 
-    def _refuse_ignored(self, ignored: tuple[str, ...]) -> None:
+    def refuse_ignored(self, ignored: tuple[str, ...]) -> None:
         """Raises: UnsupportedParameter where the settings are strict."""
         if self._strict and (refused := tuple(name for name in ignored if not name.startswith(HISTORY))):
             raise refuse_unused(refused)

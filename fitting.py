@@ -5,6 +5,7 @@ May not know events, the HTTP framework or SQL.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from past import NO_WINDOW
 from request import TurnRequest
 from sealing import Seals
 from streaming import ResponseStream, StreamPlan
-from summaries import Answer, Question, Summariser, failed
+from summaries import PROMPT, Answer, Question, Summariser, failed
 from verbs import ItemIds
 from weighing import Prompt, Weigher
 
@@ -44,6 +45,8 @@ Cause = Literal["threshold", "overflow", "trigger", "route", "ahead"]
 AHEAD = "compaction ahead"
 # Part of a window that is left for the answer where the client sets no limit to it.
 ANSWER_PART = 0.1
+# Part of a window from which on the answer that a client wants leaves too little for any prompt.
+MOST_OUTPUT_PART = 0.75
 # Part of a refused prompt that is taken for the window when nobody tells it.
 REFUSED_PART = 0.8
 # Part of a limit for the items when instructions and tools take more than the target by themselves.
@@ -179,7 +182,11 @@ class Fitter:
         """What takes the place of a window. Raises: UpstreamError."""
         began_at = self._clock()
         try:
-            fold, usage = await self._folded(prompt, need)
+            async with asyncio.timeout(self.settings.timeout_s):
+                fold, usage = await self._folded(prompt, need)
+        except TimeoutError as error:
+            self._metrics.compaction_failures.labels(need.cause).inc()
+            raise failed(f"it took longer than {self.settings.timeout_s:g} s.") from error
         except UpstreamError as error:
             self._metrics.compaction_failures.labels(need.cause).inc()
             if error.http_status < 500 or isinstance(error, UpstreamGarbled):
@@ -217,8 +224,13 @@ class Fitter:
         if not plan.lost:
             return plan.fold(plan.earlier), usage_of({})
         asking = _Asking(self.renderer, self.weigher, prompt, self.settings.model)
-        summariser = await asking.summariser(self.settings.prompt, need)
+        summariser = await asking.summariser(self._instructions(prompt, need), need)
         return plan.fold(await summariser.summary(plan)), asking.usage
+
+    def _instructions(self, prompt: Prompt, need: Need) -> str:
+        """What the model is told; a client of the route may add to it."""
+        added = prompt.request.instructions if need.cause == "route" else None
+        return "\n\n".join(text for text in (self.settings.prompt or PROMPT, added) if text)
 
     def _room(self, prompt: Prompt, need: Need) -> Room:
         is_asked = need.cause in ("trigger", "route")
@@ -270,15 +282,16 @@ class Fit:
             await self._send(fitted.made.contents)
         return fitted
 
-    @property
-    def can_change(self) -> bool:
-        """Whether a window that the backend refuses may be sent once more, in another form."""
-        is_allowed = self._fitter.settings.on_overflow or self.prompt.request.truncation == "auto"
-        return is_allowed and not self._is_changed
+    def can_change(self, refused: WindowExceeded) -> bool:
+        """Whether a window that the backend refuses may be sent once more, in another form, and that can help."""
+        request = self.prompt.request
+        is_allowed = self._fitter.settings.on_overflow or request.truncation == "auto"
+        left = MOST_OUTPUT_PART * (refused.window_tokens or math.inf)
+        return is_allowed and not self._is_changed and (request.max_output_tokens or 0) <= left
 
     async def change(self, refused: WindowExceeded) -> Fitted | None:
         """Compacts or truncates a window that was refused. Raises: WindowExceeded where that cannot help."""
-        if not self.can_change:
+        if not self.can_change(refused):
             raise refused
         self._is_changed = True
         need = await self._fitter.overflow(self.prompt, refused)
@@ -304,10 +317,10 @@ class Fit:
         """Of the window and the answer, where the usage of the response does not tell; 0: nobody knows."""
         if self._is_truncated:
             return 0
-        if self._fitted is None:
-            return None
-        if self.is_mere:
+        if self.is_mere and self._fitted:
             return int(self._fitted.made.tokens)
+        if self._fitted is None and counted:
+            return None
         return (counted.get("prompt_tokens") or 0) + (counted.get("completion_tokens") or 0)
 
     def learn(self, counted: Json) -> None:

@@ -7,7 +7,6 @@ user messages, which that route gives beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import msgspec
@@ -94,7 +93,7 @@ class Contents(msgspec.Struct, frozen=True):
 
 def folded(history: list[Json], new: list[Json]) -> Contents:
     """The newest fold takes the place of all before it, but for system messages and the user messages it leaves out."""
-    if not any(item.get("type") in FOLDING_TYPES for item in chain(history, new)):
+    if not folds_in(history) and not folds_in(new):
         return Contents([], [], "", history, new)
     history, new = _without_triggers(history), _without_triggers(new)
     if found := _newest_fold(new):
@@ -104,6 +103,11 @@ def folded(history: list[Json], new: list[Json]) -> Contents:
         at, fold = found
         return _contents(history[:at], fold, [*fold.tail, *history[at + 1 :]], new)
     return Contents([], [], "", history, new)
+
+
+def folds_in(items: list[Json]) -> bool:
+    """Whether any of them is for compaction."""
+    return any(item.get("type") in FOLDING_TYPES for item in items)
 
 
 def _without_triggers(items: list[Json]) -> list[Json]:
@@ -189,4 +193,6 @@ def _text(text: str) -> Json:
 
 def _parts(item: Json) -> list[Json]:
     content = item.get("content")
-    return [_text(content)] if isinstance(content, str) else content or []
+    if isinstance(content, str):
+        return [_text(content)]
+    return [part for part in content or () if isinstance(part, dict)]

@@ -14,13 +14,14 @@ from typing import Any
 
 import msgspec
 
-from folding import COMPACTION, Contents, folded, laid_out, opened
+from folding import COMPACTION, Contents, folded, folds_in, laid_out, opened
 from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed, with_blob_ids
 from leases import Lease, Leases
 from records import decoded
 from request import TurnRequest
 from run_verbs import UNFINISHED
 from sealing import Seals
+from translation import check_items
 from verbs import CONTINUED, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
 from watching import LOOK_AGAIN_S, Watcher
 
@@ -35,7 +36,7 @@ class Past(msgspec.Struct, frozen=True):
     """What a turn begins with. `release` it in every case.
 
     `own`: the request's items, references replaced; `left_out`: names of what could not be used; `before`: the window
-    as the store gave it.
+    as the store gave it, unless a compaction item of the request takes its place.
     """
 
     contents: Contents
@@ -131,6 +132,8 @@ class Pasts:
         new = await self.own(request.items, owner)
         history = decoded(window.items)
         refuse_repeated(history, new)
+        if folds_in(new):
+            check_items(new, "input")
         open_fold = partial(self._seals.open, COMPACTION, owner)
         contents = folded(opened(history, open_fold, HISTORY), opened(new, open_fold, "input"))
         newest = len(contents.history) - (len(history) - window.newest)
@@ -139,7 +142,8 @@ class Pasts:
         earlier, lost = unsealed(kept, open_seal, HISTORY)
         current, foreign = unsealed(contents.new, open_seal, "input")
         contents = msgspec.structs.replace(contents, history=earlier, new=current)
-        return Past(contents, new, (*left_out, *lost, *foreign), lease, window)
+        is_replaced = any(item.get("type") == COMPACTION for item in new)
+        return Past(contents, new, (*left_out, *lost, *foreign), lease, NO_WINDOW if is_replaced else window)
 
     def check_folds(self, items: list[Json], owner: str, root: str) -> None:
         """Raises: InvalidRequest for a compaction item that no window could be laid out from."""

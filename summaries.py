@@ -59,10 +59,10 @@ class Summariser:
     """Has a model write what a plan lost, in pieces that fit into that model's window."""
 
     def __init__(self, ask: Ask, tokens_in: Callable[[str], float], prompt: str, window_tokens: float) -> None:
-        """`tokens_in`: of a text. `prompt`: "" for the built-in one. `window_tokens`: inf when nobody told."""
+        """`tokens_in`: of a text. `window_tokens`: inf when nobody told."""
         self._ask = ask
         self._tokens_in = tokens_in
-        self._prompt = prompt or PROMPT
+        self._prompt = prompt
         self._window_tokens = window_tokens
 
     async def summary(self, plan: Plan) -> str:

@@ -296,7 +296,7 @@ class Turn:
 
     def _refused(self, error: BaseException) -> None:
         """A window that is too full is compacted while the client hears the first events."""
-        if not (isinstance(error, WindowExceeded) and self._fit.can_change):
+        if not (isinstance(error, WindowExceeded) and self._fit.can_change(error)):
             raise error
 
     def _call_backend(self) -> asyncio.Task[ChatStream | Need]:

@@ -18,16 +18,12 @@ from past import Past, Pasts
 from records import identified
 from request import TRIGGER, RequestLimits, TurnRequest, parse_body, parse_request
 from sources import Sources
-from translation import check_items
 from verbs import ItemIds, still_running
 from weighing import Prompt
 
 Json = dict[str, Any]
 
-COMPACT_FIELDS = frozenset(
-    {"model", "input", "previous_response_id", "instructions", "prompt_cache_key", "prompt_cache_options"}
-    | {"prompt_cache_retention", "service_tier"}
-)
+COMPACT_FIELDS = frozenset({"model", "input", "previous_response_id", "instructions"})
 COUNTED_FIELDS = frozenset(
     {"model", "input", "previous_response_id", "conversation", "instructions", "tools", "tool_choice", "text"}
     | {"reasoning", "parallel_tool_calls", "truncation"}
@@ -60,7 +56,7 @@ class Windows:
         """POST /v1/responses/input_tokens. Raises: ProxyError."""
         given = {"model": ANY_MODEL, **_given(parse_body(raw, self._limits))}
         is_empty = not any(given.get(name) for name in BEGINNINGS)
-        request, unused = self._parsed(given | ({"input": [NOTHING]} if is_empty else {}), COUNTED_FIELDS)
+        request = self._parsed(given | ({"input": [NOTHING]} if is_empty else {}), COUNTED_FIELDS)
         if is_empty:
             request = msgspec.structs.replace(request, input=[])
         past = await self._past(request, caller)
@@ -68,14 +64,14 @@ class Windows:
         chat = ready.rendered.body
         prompt = Prompt(request, caller, past, ready.way)
         tokens = await self._fitter.weigher.counted(prompt, chat, 0.0) if chat["messages"] or chat.get("tools") else 0.0
-        return Told({"object": "response.input_tokens", "input_tokens": round(tokens)}, unused + ready.ignored)
+        return Told({"object": "response.input_tokens", "input_tokens": round(tokens)}, ready.ignored)
 
     async def compact(self, caller: Caller, raw: bytes) -> Told:
         """POST /v1/responses/compact. Raises: ProxyError."""
-        request, unused = self._parsed(_given(parse_body(raw, self._limits)), COMPACT_FIELDS)
+        request = self._parsed(_given(parse_body(raw, self._limits)), COMPACT_FIELDS)
+        self._fitter.renderer.refuse_ignored(request.unused)
         request = msgspec.structs.replace(request, input=[*request.items, {"type": TRIGGER}], store=False)
         past = await self._past(request, caller)
-        check_items(past.own, "input")
         if not past.window:
             raise InvalidRequest("Invalid 'input': there is nothing to compact.", param="input")
         prompt = Prompt(request, caller, past, await self._fitter.renderer.way(request.model))
@@ -88,13 +84,12 @@ class Windows:
         rest = msgspec.structs.replace(made.fold, users=[], is_whole=False)
         item = self._fitter.sealed(caller.owner, new_id("cmp"), rest)
         told = {"id": response_id, "object": "response.compaction", "created_at": int(self._sources.clock())}
-        return Told({**told, "output": [*users, item], "usage": made.usage}, unused + past.left_out)
+        return Told({**told, "output": [*users, item], "usage": made.usage}, request.unused + past.left_out)
 
-    def _parsed(self, body: Json, fields: frozenset[str]) -> tuple[TurnRequest, tuple[str, ...]]:
-        """The request, and the names of what this route does not take. Raises: InvalidRequest."""
-        taken = {name: value for name, value in body.items() if name in fields}
-        unused = tuple(sorted(body.keys() - fields))
-        return parse_request(taken, self._limits), unused
+    def _parsed(self, body: Json, fields: frozenset[str]) -> TurnRequest:
+        """What a route does not take is named in it. Raises: InvalidRequest."""
+        request = parse_request({name: value for name, value in body.items() if name in fields}, self._limits)
+        return msgspec.structs.replace(request, unused=(*request.unused, *sorted(body.keys() - fields)))
 
     async def _past(self, request: TurnRequest, caller: Caller) -> Past:
         """Raises: StillRunning for a parent that has not ended."""
