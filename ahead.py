@@ -11,14 +11,18 @@ import logging
 import msgspec
 
 from errors import ProxyError
-from fitting import AHEAD, Fitter, Need
+from fitting import AHEAD, Fitter
 from folding import payload_of
 from leases import Leases
+from needs import Need
 from past import Pasts
 from sealing import Seals
 from weighing import Prompt
 
 log = logging.getLogger("responses_proxy.ahead")
+
+# Beyond that the next turn does the work itself: the backend has turns to answer.
+MOST_AT_ONCE = 4
 
 
 class Ahead:
@@ -34,15 +38,21 @@ class Ahead:
 
     def consider(self, prompt: Prompt, response_id: str, tokens: float | None) -> None:
         """`tokens`: of the window and the answer to it, where the backend counted them."""
-        if self._fitter.settings.ahead and prompt.request.is_stored and tokens:
+        is_wanted = self._fitter.settings.ahead and prompt.request.is_stored
+        if is_wanted and tokens and len(self._tasks) < MOST_AT_ONCE:
             task = asyncio.create_task(self._made(prompt, response_id, tokens))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a window could not be compacted ahead", exc_info=error)
 
     async def _made(self, prompt: Prompt, response_id: str, tokens: float) -> None:
         """Nothing waits for it: a failure is logged, and the next turn does the work."""
         try:
-            limit = await self._fitter.limit(prompt)
+            limit = await self._fitter.needs.limit(prompt)
             if tokens >= limit:
                 await self._make(prompt, response_id, limit, tokens)
         except ProxyError as error:
@@ -60,7 +70,7 @@ class Ahead:
             if past.before.ahead is None:
                 whole = msgspec.structs.replace(prompt, request=child, past=past)
                 need = Need("ahead", limit, tokens, self._fitter.weigher.scale(whole, tokens))
-                if self._fitter.helps(whole, need):
+                if self._fitter.needs.helps(whole, need):
                     await self._keep(whole, response_id, need)
         finally:
             await lease.release()

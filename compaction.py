@@ -49,7 +49,7 @@ DEFAULT_FRACTION = 0.8
 
 def threshold_of(request: TurnRequest, settings: CompactionSettings, window_tokens: int | None) -> int | None:
     """The tokens from which on a window is compacted; None: not before the backend refuses it."""
-    asked = [entry for entry in request.context_management or () if entry.type == "compaction"]
+    asked = request.context_management or ()
     given = [entry.compact_threshold for entry in asked if entry.compact_threshold]
     if given:
         return min(given)
@@ -282,12 +282,14 @@ def cut(item: Json, tokens: float, tokens_of: TokensOf) -> Json | None:
     if tokens < SMALLEST_CUT_TOKENS:
         return None
     bare = {**item, **{key: _without_pictures(item[key]) for key in CUT_KEYS if isinstance(item.get(key), list)}}
+    if tokens_of({**bare, **{key: shorter(bare[key], 0) for key in CUT_KEYS if key in bare}}) > tokens:
+        return None
     lengths = sorted(len(text) for key in CUT_KEYS for text in _cut_texts(bare.get(key)))
     most = _level(lengths, sum(lengths) * tokens / max(tokens_of(bare), 1.0))
     for _ in range(CUT_TRIES):
-        shorter = {**bare, **{key: _shorter(bare[key], int(most)) for key in CUT_KEYS if key in bare}}
-        if tokens_of(shorter) <= tokens:
-            return shorter
+        found = {**bare, **{key: shorter(bare[key], int(most)) for key in CUT_KEYS if key in bare}}
+        if tokens_of(found) <= tokens:
+            return found
         most *= CUT_STEP
     return None
 
@@ -321,14 +323,14 @@ def _cut_texts(value: Any) -> list[str]:
     return [text for each in value if isinstance(each, dict) for text in _cut_texts(each)] if value else []
 
 
-def _shorter(value: Any, most: int) -> Any:
+def shorter(value: Any, most: int) -> Any:
     """With all its texts that may be cut at most so long; a text is never made longer."""
     if isinstance(value, str):
         half = most // 2
         mark = MARK.format(len(value) - 2 * half)
         return value if len(value) <= 2 * half + len(mark) else f"{value[:half]}{mark}{value[len(value) - half :]}"
     if isinstance(value, list):
-        return [_shorter(each, most) if isinstance(each, dict) else each for each in value]
+        return [shorter(each, most) if isinstance(each, dict) else each for each in value]
     if isinstance(value, dict):
-        return {**value, **{key: _shorter(value[key], most) for key in CUT_TEXTS if isinstance(value.get(key), str)}}
+        return {**value, **{key: shorter(value[key], most) for key in CUT_TEXTS if isinstance(value.get(key), str)}}
     return value

@@ -6,7 +6,6 @@ an entry of the chat template, of an image. A ridge regression learns it from th
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -31,8 +30,32 @@ def by_bytes(text: str) -> tuple[float, float]:
     return len(raw) / BYTES_PER_TOKEN, len(raw.translate(None, PLAIN))
 
 
+# A longer text is counted by parts of it: its tokens are spread evenly enough.
+SAMPLED_CHARS, SAMPLE_CHARS = 30_000, 10_000
+MOST_KNOWN = 20_000
+
+
 def by_vocabulary(tokens_in: Callable[[str], int]) -> Units:
-    return lambda text: (float(tokens_in(text)), 0.0)
+    """Remembers what it has counted, by the hash of the text: windows grow by little from turn to turn."""
+    known: dict[tuple[int, int], float] = {}
+
+    def units(text: str) -> tuple[float, float]:
+        key = hash(text), len(text)
+        if key not in known:
+            if len(known) >= MOST_KNOWN:
+                known.clear()
+            known[key] = _sampled(text, tokens_in)
+        return known[key], 0.0
+
+    return units
+
+
+def _sampled(text: str, tokens_in: Callable[[str], int]) -> float:
+    if len(text) <= SAMPLED_CHARS:
+        return float(tokens_in(text))
+    middle = (len(text) - SAMPLE_CHARS) // 2
+    samples = (text[:SAMPLE_CHARS], text[middle : middle + SAMPLE_CHARS], text[-SAMPLE_CHARS:])
+    return sum(map(tokens_in, samples)) * len(text) / (3 * SAMPLE_CHARS)
 
 
 class Size(NamedTuple):
@@ -171,6 +194,7 @@ class Weights:
     def __init__(self, seen: int = 0, sums: list[float] | None = None) -> None:
         """`sums`: of the products of parts with each other, and with tokens, as `kept` gives them."""
         self.seen = seen
+        self.offered = 0
         self.is_off = False
         self._sums = sums or [0.0] * (len(PRIOR) * (len(PRIOR) + 1))
         # Solved when it is asked for: most turns only add to the sums.
@@ -219,6 +243,8 @@ def restored_weights(kept: bytes) -> Weights:
 
 # A model whose backend has counted so often is known well enough.
 KNOWN_AFTER = 3
+# Clients name models as they like.
+MOST_MODELS = 1000
 # Of a model that is known, every so manieth count is learned from.
 LEARNED_ALWAYS, LEARNED_EVERY = 32, 16
 
@@ -230,7 +256,7 @@ class Counter:
         self.units = units
         self._unit = unit
         self._weights: dict[str, Weights] = {}
-        self._offered: collections.Counter[str] = collections.Counter()
+        self._unknown = Weights()
         self._changed: set[str] = set()
 
     def tokens(self, model: str, size: Size) -> float:
@@ -242,12 +268,16 @@ class Counter:
     def wants(self, model: str) -> bool:
         """Whether a count of this model is worth the work of learning from it."""
         weights = self._of(model)
-        self._offered[model] += 1
-        return weights.is_off or weights.seen < LEARNED_ALWAYS or self._offered[model] % LEARNED_EVERY == 0
+        weights.offered += 1
+        return weights.is_off or weights.seen < LEARNED_ALWAYS or weights.offered % LEARNED_EVERY == 0
 
     def learn(self, model: str, size: Size, tokens: float) -> None:
-        self._of(model).learn(size, tokens)
-        self._changed.add(self._name(model))
+        name = self._name(model)
+        if name not in self._weights and len(self._weights) < MOST_MODELS:
+            self._weights[name] = Weights()
+        if name in self._weights:
+            self._weights[name].learn(size, tokens)
+            self._changed.add(name)
 
     def remember(self, facts: dict[str, bytes]) -> None:
         """What `changed` gave at some time."""
@@ -259,10 +289,7 @@ class Counter:
         return {name: self._weights[name].kept() for name in names}
 
     def _of(self, model: str) -> Weights:
-        name = self._name(model)
-        if name not in self._weights:
-            self._weights[name] = Weights()
-        return self._weights[name]
+        return self._weights.get(self._name(model), self._unknown)
 
     def _name(self, model: str) -> str:
         return f"{self._unit} {model}"

@@ -1,4 +1,4 @@
-"""Makes a window fit its model: counts it, decides, has a model write the record, and seals what takes its place.
+"""Makes a window fit its model: has a model write the record, and seals what takes its place.
 
 May not know events, the HTTP framework or SQL.
 """
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -21,45 +21,28 @@ from compaction import (
     Room,
     planned,
     room_for,
-    threshold_of,
     truncated,
 )
 from counting import Counter
 from dispatch import Renderer
-from errors import UpstreamError, UpstreamGarbled, WindowExceeded
+from errors import UpstreamError, WindowExceeded
 from folding import COMPACTION, FOLD, Contents, Fold, folded, is_standing, payload_of
 from metrics import Metrics
+from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
 from past import NO_WINDOW
+from refusals import LATER
 from request import TurnRequest
 from sealing import Seals
 from streaming import ResponseStream, StreamPlan
-from summaries import PROMPT, Answer, Question, Summariser, failed
+from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
 from verbs import ItemIds
 from weighing import Prompt, Weigher
 
 Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.fitting")
 
-Cause = Literal["threshold", "overflow", "trigger", "route", "ahead"]
 # What is sealed as the work that was done ahead of a turn.
 AHEAD = "compaction ahead"
-# Part of a window that is left for the answer where the client sets no limit to it.
-ANSWER_PART = 0.1
-# Part of a window from which on the answer that a client wants leaves too little for any prompt.
-MOST_OUTPUT_PART = 0.75
-# Part of a refused prompt that is taken for the window when nobody tells it.
-REFUSED_PART = 0.8
-# Part of a limit for the items when instructions and tools take more than the target by themselves.
-LEAST_PART = 0.125
-
-
-class Need(NamedTuple):
-    """Why a window does not fit: the limit that counts, its tokens, and what estimates have to be multiplied by."""
-
-    cause: Cause
-    limit: float
-    tokens: float
-    scale: float
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -91,82 +74,21 @@ class FitMeans:
 
 
 class Fitter:
-    """Counts windows and compacts them."""
+    """Has what takes the place of a window made, and seals it."""
 
     def __init__(self, means: FitMeans) -> None:
         self.settings = means.settings
         self.renderer = means.renderer
         self.weigher = Weigher(means.counter)
+        self.needs = Needs(self.weigher, means.settings)
         self._seals = means.seals
         self._metrics = means.metrics
         self._clock = means.clock
-
-    # -- deciding ------------------------------------------------------------------------------------------------------
-
-    async def need(self, prompt: Prompt, body: Json) -> Need | None:
-        """Why a window has to be compacted before it is sent, if it has to."""
-        is_asked = prompt.request.is_trigger
-        limit = await self.limit(prompt)
-        if math.isinf(limit) and not is_asked:
-            return None
-        tokens = await self.weigher.counted(prompt, body, 0.0 if is_asked else limit)
-        if tokens < limit and not is_asked:
-            return None
-        need = Need("trigger" if is_asked else "threshold", limit, tokens, self.weigher.scale(prompt, tokens))
-        if is_asked or self.helps(prompt, need):
-            return need
-        log.warning("instructions and tools take too much of %d tokens: compaction cannot help", need.limit)
-        return None
-
-    async def limit(self, prompt: Prompt) -> float:
-        """The tokens from which on a window is compacted; inf: not before the backend refuses it."""
-        request = prompt.request
-        if not (request.is_trigger or request.context_management or self._has_threshold()):
-            return math.inf
-        known = await prompt.way.upstream.window_tokens(prompt.way.model)
-        threshold = threshold_of(request, self.settings, known) or math.inf
-        return min(threshold, self.input_limit(request, known)) if known else threshold
-
-    def _has_threshold(self) -> bool:
-        return bool(self.settings.threshold_tokens or self.settings.threshold_fraction)
-
-    def helps(self, prompt: Prompt, need: Need) -> bool:
-        """Not so when instructions and tools alone take the room; then items have to grow to be worth it."""
-        standing = self.weigher.standing_tokens(prompt, need.scale)
-        return standing <= need.limit * self.settings.target or need.tokens - standing >= 2 * LEAST_PART * need.limit
-
-    async def overflow(self, prompt: Prompt, refused: WindowExceeded) -> Need:
-        """What the backend's refusal says of a window."""
-        way = prompt.way
-        if refused.window_tokens:
-            way.upstream.told_window(way.model, refused.window_tokens)
-        estimate = self.weigher.estimated(prompt)
-        known = refused.window_tokens or await way.upstream.window_tokens(way.model)
-        limit = self.input_limit(prompt.request, known or (refused.prompt_tokens or estimate) * REFUSED_PART)
-        tokens = max(estimate, limit, float(refused.prompt_tokens or 0))  # what is told may be a lower bound
-        return Need("overflow", limit, tokens, self.weigher.scale(prompt, tokens))
-
-    def input_limit(self, request: TurnRequest, window_tokens: float) -> float:
-        """What of a window is left for the prompt."""
-        return window_tokens - min(request.max_output_tokens or window_tokens * ANSWER_PART, window_tokens / 2)
-
-    async def surplus(self, prompt: Prompt, body: Json) -> Need | None:
-        """Why a window has to be truncated before it is sent, where that was asked for and the window is known."""
-        if prompt.request.truncation != "auto":
-            return None
-        known = await prompt.way.upstream.window_tokens(prompt.way.model)
-        if not known:
-            return None
-        limit = self.input_limit(prompt.request, known)
-        tokens = await self.weigher.counted(prompt, body, limit)
-        return Need("overflow", limit, tokens, self.weigher.scale(prompt, tokens)) if tokens > limit else None
 
     def truncated(self, prompt: Prompt, need: Need) -> Contents:
         """Without its oldest turns."""
         room = need.limit - self.weigher.standing_tokens(prompt, need.scale)
         return truncated(prompt.past.contents, room, self.weigher.tokens_of(prompt, need.scale))
-
-    # -- compacting ----------------------------------------------------------------------------------------------------
 
     async def compacted(self, prompt: Prompt, need: Need, item_id: str) -> Fitted:
         """Raises: UpstreamError; nothing is lost then."""
@@ -189,7 +111,7 @@ class Fitter:
             raise failed(f"it took longer than {self.settings.timeout_s:g} s.") from error
         except UpstreamError as error:
             self._metrics.compaction_failures.labels(need.cause).inc()
-            if error.http_status < 500 or isinstance(error, UpstreamGarbled):
+            if error.http_status in LATER or error.error_code == FAILED:
                 raise
             raise failed(error.message) from error
         made = self._weighed(prompt, need, fold, usage)
@@ -220,17 +142,13 @@ class Fitter:
 
     async def _folded(self, prompt: Prompt, need: Need) -> tuple[Fold, Json]:
         """And what it took to make it."""
-        plan = planned(prompt.past.contents, self._room(prompt, need), self.weigher.tokens_of(prompt, need.scale))
+        room, tokens_of = self._room(prompt, need), self.weigher.tokens_of(prompt, need.scale)
+        plan = await asyncio.to_thread(planned, prompt.past.contents, room, tokens_of)
         if not plan.lost:
             return plan.fold(plan.earlier), usage_of({})
         asking = _Asking(self.renderer, self.weigher, prompt, self.settings.model)
-        summariser = await asking.summariser(self._instructions(prompt, need), need)
+        summariser = await asking.summariser(self.settings.prompt or PROMPT, need)
         return plan.fold(await summariser.summary(plan)), asking.usage
-
-    def _instructions(self, prompt: Prompt, need: Need) -> str:
-        """What the model is told; a client of the route may add to it."""
-        added = prompt.request.instructions if need.cause == "route" else None
-        return "\n\n".join(text for text in (self.settings.prompt or PROMPT, added) if text)
 
     def _room(self, prompt: Prompt, need: Need) -> Room:
         is_asked = need.cause in ("trigger", "route")
@@ -251,6 +169,7 @@ class Fit:
         self.is_mere = prompt.request.is_trigger
         self._fitter = fitter
         self._new_id = item_ids
+        self._before_items = len(prompt.past.before.items)
         self._fitted: Fitted | None = None
         self._is_looked_at = False
         self._is_changed = False
@@ -264,8 +183,8 @@ class Fit:
         if self._is_looked_at:
             return None
         self._is_looked_at = True
-        need = await self._fitter.need(self.prompt, self.body)
-        if need is None and (surplus := await self._fitter.surplus(self.prompt, self.body)):
+        need = await self._fitter.needs.need(self.prompt, self.body)
+        if need is None and (surplus := await self._fitter.needs.surplus(self.prompt, self.body)):
             await self._truncate(surplus)
         return need
 
@@ -294,7 +213,7 @@ class Fit:
         if not self.can_change(refused):
             raise refused
         self._is_changed = True
-        need = await self._fitter.overflow(self.prompt, refused)
+        need = await self._fitter.needs.overflow(self.prompt, refused)
         if self.prompt.request.truncation == "auto":
             await self._truncate(need)
             return None
@@ -319,9 +238,15 @@ class Fit:
             return 0
         if self.is_mere and self._fitted:
             return int(self._fitted.made.tokens)
-        if self._fitted is None and counted:
+        if self._fitted is None and counted.get("prompt_tokens"):
             return None
         return (counted.get("prompt_tokens") or 0) + (counted.get("completion_tokens") or 0)
+
+    def window_items(self, output: list[Json]) -> int:
+        """How many items are in the window that ends with this output, as the store will give it."""
+        at = max((at for at, item in enumerate(output) if item["type"] == COMPACTION), default=None)
+        earlier = self._before_items + len(self.prompt.past.own) if at is None else -at
+        return earlier + len(output)
 
     def learn(self, counted: Json) -> None:
         """From what the backend counted."""
@@ -360,7 +285,9 @@ class _Asking:
             max_output_tokens=question.answer_tokens,
         )
         ready = await self._renderer.ready(request, request.items, ())
-        completion = await ready.way.upstream.complete(ready.rendered.body, self._window.caller.bearer)
+        is_same = ready.way.upstream is self._window.way.upstream
+        bearer = self._window.caller.bearer if is_same else None  # a client's key is for the backend it speaks to
+        completion = await ready.way.upstream.complete(ready.rendered.body, bearer)
         plan = StreamPlan(silent=True, think=ready.way.upstream.settings.think)
         machine = ResponseStream({}, plan, ItemIds("resp_0"), float)
         machine.feed(completion)

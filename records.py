@@ -31,11 +31,12 @@ class Notes(msgspec.Struct, frozen=True):
     """What is kept beside a response.
 
     `ignored` names what was left out of its request; `window_tokens`: of the window with the answer, where the usage
-    does not tell; 0: nobody knows.
+    does not tell; 0: nobody knows. `window_items`: how many that are, where some may be taken out later.
     """
 
     ignored: tuple[str, ...] = ()
     window_tokens: int | None = None
+    window_items: int | None = None
 
 
 NO_NOTES = Notes()
@@ -49,8 +50,9 @@ def settings_and_body(response: Json, notes: Notes = NO_NOTES) -> tuple[bytes, b
         body["usage"] = _packed(response["usage"])
     if notes.ignored:
         body["ignored"] = notes.ignored
-    if notes.window_tokens is not None:
-        body["window_tokens"] = notes.window_tokens
+    for name in ("window_tokens", "window_items"):
+        if (number := getattr(notes, name)) is not None:
+            body[name] = number
     return orjson.dumps(settings), orjson.dumps(body)
 
 
@@ -83,12 +85,14 @@ def ignored_of(kept: KeptResponse) -> tuple[str, ...]:
     return tuple(orjson.loads(kept.body).get("ignored", ()))
 
 
-def counted_tokens(body: bytes) -> int | None:
+def counted_tokens(body: bytes, items: int) -> int | None:
     """Of the window that ends with a response, as the backend counted them; None where it did not.
 
-    body: as it was kept.
+    body: as it was kept; items: how many are in the window now.
     """
     kept = orjson.loads(body) if body else {}
+    if kept.get("window_items", items) != items:
+        return None
     tokens: int | None = kept.get("window_tokens")
     if tokens is None and "usage" in kept:
         tokens = kept["usage"][-1]

@@ -60,6 +60,8 @@ class StreamPlan(msgspec.Struct, frozen=True):
     silent: bool = False
     # Of a stream that goes on where an earlier attempt stood: its response has been created before.
     first_number: int = 0
+    # Of a response that is a compaction item and nothing else.
+    is_mere: bool = False
     # Asked only when the backend gives no usage.
     estimate_input_tokens: Callable[[], int] = int
 
@@ -162,7 +164,7 @@ class ResponseStream:
             self._later(self._reason if is_reasoning else self._say, text)
         self._close_calls(status)
         self._end_item(status)
-        if not self._is_mere_compaction() and all(item["type"] == "compaction" for item in self._output):
+        if not self._plan.is_mere and all(item["type"] == "compaction" for item in self._output):
             self._part("output_text")
             self._end_item(status)
         self._settle(status, reason)
@@ -196,13 +198,10 @@ class ResponseStream:
         response["status"] = status
         response["incomplete_details"] = {"reason": reason} if reason else None
         response["completed_at"] = int(self._clock()) if status == "completed" else None
-        counted = {} if self._is_mere_compaction() else self._usage or self._estimated_usage()
+        counted = {} if self._plan.is_mere else self._usage or self._estimated_usage()
         response["usage"] = usage_of(counted, self._compaction_usage)
         if response.get("service_tier") in (None, "auto"):
             response["service_tier"] = "default"
-
-    def _is_mere_compaction(self) -> bool:
-        return self._compaction_usage is not None and not self._is_fed
 
     def _estimated_usage(self) -> Json:
         """For a backend that counts nothing."""

@@ -21,10 +21,11 @@ from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
 from errors import ProxyError, UpstreamBroken, UpstreamError, WindowExceeded
-from fitting import Fit, FitMeans, Fitter, Need
+from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from leases import Leases
 from metrics import Metrics
+from needs import Need
 from past import REASONING, OwnPlace, Pasts, Patience
 from records import Notes, counted_tokens, identified, new_turn
 from replay import replayed
@@ -166,6 +167,7 @@ class Turns:
             think=ready.way.upstream.settings.think,
             silent=not request.stream,
             first_number=first_number,
+            is_mere=fit.is_mere,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(fit.body)) // BYTES_PER_TOKEN,
         )
@@ -211,7 +213,12 @@ class Keeper(msgspec.Struct, frozen=True):
         if save is None:
             return
         inputs = identified(past.own, self.course.item_ids)
-        notes = Notes(self.ignored, self.fit.window_tokens(machine.counted))
+        items = self.fit.window_items(response["output"])
+        notes = Notes(
+            self.ignored,
+            self.fit.window_tokens(machine.counted),
+            items if self.asked.request.conversation_id else None,
+        )
         turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
         lease = None if turn.is_detached else past.lease
         first_use = None if turn.is_detached else self.asked.first_use
@@ -221,7 +228,7 @@ class Keeper(msgspec.Struct, frozen=True):
         if lease and is_saved:
             await lease.was_given_back()
         if is_saved and not turn.is_detached:
-            self.ahead.consider(self.fit.prompt, turn.id, counted_tokens(turn.body))
+            self.ahead.consider(self.fit.prompt, turn.id, counted_tokens(turn.body, items))
 
 
 class Turn:

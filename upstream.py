@@ -35,9 +35,9 @@ log = logging.getLogger("responses_proxy.upstream")
 
 # How long after a look that found nothing the next one is made, and after one that found something.
 DETECTION_PAUSE_S, FOUND_KEPT_S = 10.0, 300.0
-# How long an endpoint beside the chat may take; and the statuses that say that there is none.
 # How long an endpoint that did not answer in time is left alone, so that not every turn waits for it.
 SILENT_PAUSE_S = 30.0
+# How long an endpoint beside the chat may take; and the statuses that say that there is none.
 ASIDE_S = 5.0
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.

@@ -26,6 +26,8 @@ Json = dict[str, Any]
 
 # Part of a limit from which on the backend's own tokenizer is asked, where there is one; of a model not known yet.
 ASK_FROM, ASK_UNKNOWN_FROM = 0.75, 0.3
+# To count more than that takes longer than it teaches.
+MOST_LEARNED_TOKENS = 32_000
 # How far a count may be from what was estimated.
 LEAST_SCALE, MOST_SCALE = 0.25, 8.0
 
@@ -55,7 +57,7 @@ class Weigher:
     def base(self, prompt: Prompt) -> Base | None:
         """What the backend counted of all that the request continues; None where that tells nothing of this window."""
         before = prompt.past.before
-        tokens = counted_tokens(before.body)
+        tokens = counted_tokens(before.body, len(before.items))
         if not tokens or _ends_with_cut_call(prompt.past.contents.history):
             return None
         said = orjson.loads(before.settings)
@@ -98,6 +100,8 @@ class Weigher:
             return
         base = self.base(prompt)
         new = tokens - (base.tokens if base else 0.0)
+        if new > MOST_LEARNED_TOKENS:
+            return
         if base is None or new > 0:
             self._counter.learn(prompt.way.name, self.sized(prompt, base), new)
 

@@ -12,8 +12,9 @@ import msgspec
 
 from auth import Caller
 from errors import InvalidRequest
-from fitting import Fitter, Need
+from fitting import Fitter
 from lists import listed_item
+from needs import Need
 from past import Past, Pasts
 from records import identified
 from request import TRIGGER, RequestLimits, TurnRequest, parse_body, parse_request
@@ -23,7 +24,7 @@ from weighing import Prompt
 
 Json = dict[str, Any]
 
-COMPACT_FIELDS = frozenset({"model", "input", "previous_response_id", "instructions"})
+COMPACT_FIELDS = frozenset({"model", "input", "previous_response_id"})
 COUNTED_FIELDS = frozenset(
     {"model", "input", "previous_response_id", "conversation", "instructions", "tools", "tool_choice", "text"}
     | {"reasoning", "parallel_tool_calls", "truncation"}
@@ -76,7 +77,7 @@ class Windows:
             raise InvalidRequest("Invalid 'input': there is nothing to compact.", param="input")
         prompt = Prompt(request, caller, past, await self._fitter.renderer.way(request.model))
         tokens = self._fitter.weigher.estimated(prompt)
-        need = Need("route", await self._fitter.limit(prompt), tokens, self._fitter.weigher.scale(prompt, tokens))
+        need = Need("route", await self._fitter.needs.limit(prompt), tokens, self._fitter.weigher.scale(prompt, tokens))
         made = await self._fitter.made(prompt, need)
         response_id = self._sources.new_id("resp")
         new_id = ItemIds(response_id)
