@@ -64,6 +64,9 @@ def threshold_of(request: TurnRequest, settings: CompactionSettings, window_toke
 SUMMARY_PART, STANDING_PART, TAIL_PART = 0.25, 0.3, 0.4
 # Part of a summary's length that user messages leave free beside it: models count badly.
 SLACK_PART = 0.4
+# What the pictures and files in a fold may take; a fold is sealed, kept, and sent to clients and back.
+DATA_BYTES = 4 * 1024 * 1024
+DATA_KEYS = ("image_url", "file_data")
 # Less than this is not worth keeping of a text.
 SMALLEST_CUT_TOKENS = 32
 
@@ -101,12 +104,23 @@ class Plan(msgspec.Struct, frozen=True):
     most_tokens: float
 
     def fold(self, summary: str) -> Fold:
-        return Fold(summary, self.standing, self.users, [_unsealed(item) for item in self.tail])
+        kept = _light([*self.users, *map(_unsealed, self.tail)])
+        return Fold(summary, self.standing, kept[: len(self.users)], kept[len(self.users) :])
 
 
 def _unsealed(item: Json) -> Json:
     """Reasoning whose text is here needs no blob of its own beside it."""
     return {k: v for k, v in item.items() if k != "encrypted_content"} if item.get("content") else item
+
+
+def _light(items: list[Json]) -> list[Json]:
+    """With words for the oldest pictures and files where all together are too much to be sealed and sent about."""
+    light: list[Json] = []
+    left = DATA_BYTES
+    for item in reversed(items):
+        left -= sum(len(part.get(key) or "") for part in _parts_of(item) for key in DATA_KEYS)
+        light.append(item if left >= 0 else bare_of(item))
+    return light[::-1]
 
 
 class _Choice(NamedTuple):
@@ -281,7 +295,7 @@ def cut(item: Json, tokens: float, tokens_of: TokensOf) -> Json | None:
         return item
     if tokens < SMALLEST_CUT_TOKENS:
         return None
-    bare = {**item, **{key: _without_pictures(item[key]) for key in CUT_KEYS if isinstance(item.get(key), list)}}
+    bare = bare_of(item)
     if tokens_of({**bare, **{key: shorter(bare[key], 0) for key in CUT_KEYS if key in bare}}) > tokens:
         return None
     lengths = sorted(len(text) for key in CUT_KEYS for text in _cut_texts(bare.get(key)))
@@ -302,6 +316,16 @@ def _level(lengths: list[int], allowed: float) -> float:
             return level
         allowed -= length
     return lengths[-1] if lengths else 0.0
+
+
+def bare_of(item: Json) -> Json:
+    """With words for its pictures and files."""
+    return {**item, **{key: _without_pictures(item[key]) for key in CUT_KEYS if isinstance(item.get(key), list)}}
+
+
+def _parts_of(item: Json) -> list[Json]:
+    lists = (item[key] for key in CUT_KEYS if isinstance(item.get(key), list))
+    return [part for parts in lists for part in parts if isinstance(part, dict)]
 
 
 def _without_pictures(parts: list[Any]) -> list[Any]:

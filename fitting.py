@@ -116,7 +116,8 @@ class Fitter:
             raise failed(error.message) from error
         made = self._weighed(prompt, need, fold, usage)
         self._metrics.compacted(need.cause, need.tokens, made.tokens, self._clock() - began_at)
-        log.info("compacted (%s): %d tokens became %d", need.cause, need.tokens, made.tokens)
+        numbers = (need.tokens, made.tokens, usage["total_tokens"])
+        log.info("compacted (%s): %d tokens became %d; it took %d", need.cause, *numbers)
         return made
 
     def _weighed(self, prompt: Prompt, need: Need, fold: Fold, usage: Json) -> Made:

@@ -10,9 +10,9 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from compaction import Plan, shorter
+from compaction import Plan, bare_of, shorter
 from dialects import GENERIC
-from errors import UpstreamGarbled, WindowExceeded
+from errors import InvalidRequest, UpstreamGarbled, WindowExceeded
 from items import ITEMS, At, Called, Content, Piece, Returned, Said, item_type
 from tools import Toolbox
 
@@ -137,9 +137,16 @@ def in_pieces(text: str, piece_tokens: float, tokens_in: Callable[[str], float])
 
 def transcript(items: list[Json]) -> str:
     """The items as a summariser reads them: what the model was told of each."""
-    at = At("", GENERIC, Toolbox())
-    told = (_told(piece) for item in items for piece in ITEMS[item_type(item)].pieces(item, at))
-    return "\n\n".join(filter(None, told))
+    return "\n\n".join(filter(None, (_told(piece) for item in items for piece in _pieces(item))))
+
+
+def _pieces(item: Json) -> list[Piece]:
+    """A file that only its own backend can read is a word."""
+    row, at = ITEMS[item_type(item)], At("", GENERIC, Toolbox())
+    try:
+        return row.pieces(item, at)
+    except InvalidRequest:
+        return row.pieces(bare_of(item), at)
 
 
 # Type of a chat content part -> the word for it.
