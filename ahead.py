@@ -11,8 +11,7 @@ import logging
 import msgspec
 
 from errors import ProxyError
-from fitting import AHEAD, Fitter
-from folding import payload_of
+from fitting import AHEAD, Fitter, FoldAhead
 from leases import Leases
 from needs import Need
 from past import Pasts
@@ -34,12 +33,12 @@ class Ahead:
         self._leases = leases
         self._store = leases.store
         self._seals = seals
+        self._free = asyncio.Semaphore(MOST_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def consider(self, prompt: Prompt, response_id: str, tokens: float | None) -> None:
         """`tokens`: of the window and the answer to it, where the backend counted them."""
-        is_wanted = self._fitter.settings.ahead and prompt.request.is_stored
-        if is_wanted and tokens and len(self._tasks) < MOST_AT_ONCE:
+        if self._fitter.settings.ahead and prompt.request.is_stored and tokens:
             task = asyncio.create_task(self._made(prompt, response_id, tokens))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
@@ -53,8 +52,11 @@ class Ahead:
         """Nothing waits for it: a failure is logged, and the next turn does the work."""
         try:
             limit = await self._fitter.needs.limit(prompt)
-            if tokens >= limit:
-                await self._make(prompt, response_id, limit, tokens)
+            if tokens >= limit and self._free.locked():
+                log.info("%s is left to the next turn: enough is made ahead already", response_id)
+            elif tokens >= limit:
+                async with self._free:
+                    await self._make(prompt, response_id, limit, tokens)
         except ProxyError as error:
             log.warning("%s could not be compacted ahead: %s", response_id, error.message)
 
@@ -69,7 +71,7 @@ class Ahead:
             past, _ = await self._pasts.seen(child, prompt.caller.owner)
             if past.before.ahead is None:
                 whole = msgspec.structs.replace(prompt, request=child, past=past)
-                need = Need("ahead", limit, tokens, self._fitter.weigher.scale(whole, tokens))
+                need = Need("ahead", limit, tokens)
                 if self._fitter.needs.helps(whole, need):
                     await self._keep(whole, response_id, need)
         finally:
@@ -78,7 +80,8 @@ class Ahead:
     async def _keep(self, prompt: Prompt, response_id: str, need: Need) -> None:
         owner = prompt.caller.owner
         made = await self._fitter.made(prompt, need)
-        blob = self._seals.seal(AHEAD, owner, response_id, payload_of(made.fold))
+        payload = msgspec.json.encode(FoldAhead(made.fold, made.tokens))
+        blob = self._seals.seal(AHEAD, owner, response_id, payload)
         await self._store.keep_ahead(owner, response_id, blob.encode(), prompt.past.before.items)
 
     async def close(self) -> None:

@@ -6,7 +6,7 @@ an entry of the chat template, of an image. A ridge regression learns it from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -41,11 +41,13 @@ def by_vocabulary(tokens_in: Callable[[str], int]) -> Units:
 
     def units(text: str) -> tuple[float, float]:
         key = hash(text), len(text)
-        if key not in known:
+        found = known.get(key)
+        if found is None:
+            found = _sampled(text, tokens_in)
             if len(known) >= MOST_KNOWN:
                 known.clear()
-            known[key] = _sampled(text, tokens_in)
-        return known[key], 0.0
+            known[key] = found
+        return found, 0.0
 
     return units
 
@@ -98,38 +100,41 @@ PICTURED = frozenset({"image_url", "input_audio", "file_url"})
 def size_of(item: Json, units: Units) -> Size:
     """Of one item, reasoning aside."""
     kind = item_type(item)
-    if kind in ITEMS and ITEMS[kind].left_out:
+    if kind == "reasoning" or (kind in ITEMS and ITEMS[kind].left_out):
         return Size()
-    entry = Size(entries=1, outputs=kind in OUTPUT_ID_PREFIX)
-    return Size() if kind == "reasoning" else total([entry, *_sizes(item, units)])
+    return _size(item, units)._replace(entries=1, outputs=kind in OUTPUT_ID_PREFIX)
 
 
 def thought_size(item: Json, units: Units) -> Size:
     """Of the text of a reasoning item, which stands in its content or its summary; of no other item."""
     if item_type(item) != "reasoning":
         return Size()
-    return total(_sizes(item.get("content") or item.get("summary"), units))
+    return _size(item.get("content") or item.get("summary"), units)
 
 
-def _sizes(value: Any, units: Units) -> Iterator[Size]:
+def _size(value: Any, units: Units) -> Size:
     """Of all texts and images in a value."""
+    texts: list[str] = []
+    images, data_chars = _gathered(value, texts)
+    text, odd = units("".join(texts))
+    return Size(text + data_chars * BASE64_BYTES / BYTES_PER_TOKEN, odd, images=images)
+
+
+def _gathered(value: Any, texts: list[str]) -> tuple[int, int]:
+    """Adds the texts of a value; how many images there are, and characters of files."""
     if isinstance(value, str):
-        yield Size(*units(value))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _sizes(each, units)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _sizes_under(key, each, units)
-
-
-def _sizes_under(key: str, value: Any, units: Units) -> Iterator[Size]:
-    if key in PICTURED and value:
-        yield Size(images=1)
-    elif key == "file_data" and isinstance(value, str):
-        yield Size(len(value) * BASE64_BYTES / BYTES_PER_TOKEN)
-    elif key not in UNSENT:
-        yield from _sizes(value, units)
+        texts.append(value)
+        return 0, 0
+    images = data_chars = 0
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        if key in PICTURED and each:
+            images += 1
+        elif key == "file_data" and isinstance(each, str):
+            data_chars += len(each)
+        elif key not in UNSENT:
+            more = _gathered(each, texts)
+            images, data_chars = images + more[0], data_chars + more[1]
+    return images, data_chars
 
 
 def standing_size(said: Json, units: Units) -> Size:

@@ -36,7 +36,7 @@ from sealing import Seals
 from streaming import ResponseStream, StreamPlan
 from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
 from verbs import ItemIds
-from weighing import Prompt, Weigher
+from weighing import Balance, Prompt, Weigher
 
 Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.fitting")
@@ -51,6 +51,13 @@ class Made(msgspec.Struct, frozen=True):
     fold: Fold
     contents: Contents
     usage: Json
+    tokens: float
+
+
+class FoldAhead(msgspec.Struct, frozen=True):
+    """What was made ahead of a turn, and what a window with nothing else in it comes to."""
+
+    fold: Fold
     tokens: float
 
 
@@ -87,8 +94,8 @@ class Fitter:
 
     def truncated(self, prompt: Prompt, need: Need) -> Contents:
         """Without its oldest turns."""
-        room = need.limit - self.weigher.standing_tokens(prompt, need.scale)
-        return truncated(prompt.past.contents, room, self.weigher.tokens_of(prompt, need.scale))
+        balance = self.weigher.balance(prompt, need.tokens)
+        return truncated(prompt.past.contents, need.limit - balance.standing_tokens(), balance.item_tokens)
 
     async def compacted(self, prompt: Prompt, need: Need, item_id: str) -> Fitted:
         """Raises: UpstreamError; nothing is lost then."""
@@ -103,9 +110,10 @@ class Fitter:
     async def made(self, prompt: Prompt, need: Need) -> Made:
         """What takes the place of a window. Raises: UpstreamError."""
         began_at = self._clock()
+        balance = await asyncio.to_thread(self.weigher.balance, prompt, need.tokens)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                fold, usage = await self._folded(prompt, need)
+                fold, usage = await self._folded(prompt, need, balance)
         except TimeoutError as error:
             self._metrics.compaction_failures.labels(need.cause).inc()
             raise failed(f"it took longer than {self.settings.timeout_s:g} s.") from error
@@ -114,50 +122,46 @@ class Fitter:
             if error.http_status in LATER or error.error_code == FAILED:
                 raise
             raise failed(error.message) from error
-        made = self._weighed(prompt, need, fold, usage)
+        contents = folded([{"type": COMPACTION, FOLD: fold}], [])
+        made = Made(fold, contents, usage, balance.contents_tokens(contents))
         self._metrics.compacted(need.cause, need.tokens, made.tokens, self._clock() - began_at)
         numbers = (need.tokens, made.tokens, usage["total_tokens"])
         log.info("compacted (%s): %d tokens became %d; it took %d", need.cause, *numbers)
         return made
 
-    def _weighed(self, prompt: Prompt, need: Need, fold: Fold, usage: Json) -> Made:
-        contents = folded([{"type": COMPACTION, FOLD: fold}], [])
-        tokens = self.weigher.contents_tokens(prompt, contents, need.scale)
-        return Made(fold, contents, usage, tokens)
-
     def _from_ahead(self, prompt: Prompt, need: Need) -> Made | None:
-        """What was made ahead of this turn, when that is enough."""
+        """What was made ahead of this turn, with what is new, when that is enough."""
         blob = prompt.past.before.ahead
         if blob is None or need.cause not in ("threshold", "overflow"):
             return None
         payload = self._seals.open(AHEAD, prompt.caller.owner, None, blob.decode())
         if payload is None:
             return None
-        ahead = msgspec.json.decode(payload, type=Fold)
-        new = prompt.past.contents.new
-        standing = [*ahead.standing, *filter(is_standing, new)]
-        tail = [*ahead.tail, *(item for item in new if not is_standing(item))]
-        fold = msgspec.structs.replace(ahead, standing=standing, tail=tail)
-        made = self._weighed(prompt, need, fold, usage_of({}))
-        return made if made.tokens < need.limit else None
+        ahead, new = msgspec.json.decode(payload, type=FoldAhead), prompt.past.contents.new
+        standing = [*ahead.fold.standing, *filter(is_standing, new)]
+        tail = [*ahead.fold.tail, *(item for item in new if not is_standing(item))]
+        fold = msgspec.structs.replace(ahead.fold, standing=standing, tail=tail)
+        tokens = ahead.tokens + sum(self.weigher.item_tokens(prompt.way, item) for item in new)
+        contents = folded([{"type": COMPACTION, FOLD: fold}], [])
+        return Made(fold, contents, usage_of({}), tokens) if tokens < need.limit else None
 
-    async def _folded(self, prompt: Prompt, need: Need) -> tuple[Fold, Json]:
+    async def _folded(self, prompt: Prompt, need: Need, balance: Balance) -> tuple[Fold, Json]:
         """And what it took to make it."""
-        room, tokens_of = self._room(prompt, need), self.weigher.tokens_of(prompt, need.scale)
-        plan = await asyncio.to_thread(planned, prompt.past.contents, room, tokens_of)
+        room = self._room(need, balance)
+        plan = await asyncio.to_thread(planned, prompt.past.contents, room, balance.item_tokens)
         if not plan.lost:
             return plan.fold(plan.earlier), usage_of({})
-        asking = _Asking(self.renderer, self.weigher, prompt, self.settings.model)
+        asking = _Asking(self.renderer, balance, prompt, self.settings.model)
         summariser = await asking.summariser(self.settings.prompt or PROMPT, need)
         return plan.fold(await summariser.summary(plan)), asking.usage
 
-    def _room(self, prompt: Prompt, need: Need) -> Room:
+    def _room(self, need: Need, balance: Balance) -> Room:
         is_asked = need.cause in ("trigger", "route")
         if math.isinf(need.limit):
             tokens = need.tokens + self.settings.user_tokens + 8 * self.settings.summary_tokens
         else:
-            standing = self.weigher.standing_tokens(prompt, need.scale)
-            tokens = max(need.limit * self.settings.target - standing, need.limit * LEAST_PART)
+            room = need.limit * self.settings.target - balance.standing_tokens()
+            tokens = max(room, need.limit * LEAST_PART)
         return room_for(tokens, self.settings, is_asked=is_asked)
 
 
@@ -258,24 +262,20 @@ class Fit:
 class _Asking:
     """Asks the model that writes summaries, and adds up what that takes."""
 
-    def __init__(self, renderer: Renderer, weigher: Weigher, prompt: Prompt, model: str) -> None:
+    def __init__(self, renderer: Renderer, balance: Balance, prompt: Prompt, model: str) -> None:
         self.usage = usage_of({})
         self._renderer = renderer
-        self._weigher = weigher
-        self._window = prompt
+        self._balance = balance
+        self._prompt = prompt
         self._model = model or prompt.request.model
         self._way = prompt.way
 
-    async def summariser(self, prompt: str, need: Need) -> Summariser:
+    async def summariser(self, instructions: str, need: Need) -> Summariser:
         self._way = await self._renderer.way(self._model)
         known = await self._way.upstream.window_tokens(self._way.model)
-        same = self._way.name == self._window.way.name
+        same = self._way.name == self._prompt.way.name
         tokens = known or (need.limit if same and need.cause == "overflow" else math.inf)
-        tokens_in = partial(self._tokens_in, scale=need.scale if same else 1.0)
-        return Summariser(self._ask, tokens_in, prompt, tokens)
-
-    def _tokens_in(self, text: str, scale: float) -> float:
-        return scale * self._weigher.text_tokens(self._way, text)
+        return Summariser(self._ask, partial(self._balance.text_tokens, self._way), instructions, tokens)
 
     async def _ask(self, question: Question) -> Answer:
         """Raises: UpstreamError."""
@@ -286,8 +286,8 @@ class _Asking:
             max_output_tokens=question.answer_tokens,
         )
         ready = await self._renderer.ready(request, request.items, ())
-        is_same = ready.way.upstream is self._window.way.upstream
-        bearer = self._window.caller.bearer if is_same else None  # a client's key is for the backend it speaks to
+        is_same = ready.way.upstream is self._prompt.way.upstream
+        bearer = self._prompt.caller.bearer if is_same else None  # a client's key is for the backend it speaks to
         completion = await ready.way.upstream.complete(ready.rendered.body, bearer)
         plan = StreamPlan(silent=True, think=ready.way.upstream.settings.think)
         machine = ResponseStream({}, plan, ItemIds("resp_0"), float)

@@ -29,12 +29,11 @@ LEAST_PART = 0.125
 
 
 class Need(NamedTuple):
-    """Why a window does not fit: the limit that counts, its tokens, and what estimates have to be multiplied by."""
+    """Why a window does not fit: the limit that counts, and its tokens."""
 
     cause: Cause
     limit: float
     tokens: float
-    scale: float
 
 
 class Needs:
@@ -53,7 +52,7 @@ class Needs:
         tokens = await self._weigher.counted(prompt, body, 0.0 if is_asked else limit)
         if tokens < limit and not is_asked:
             return None
-        need = Need("trigger" if is_asked else "threshold", limit, tokens, self._weigher.scale(prompt, tokens))
+        need = Need("trigger" if is_asked else "threshold", limit, tokens)
         if is_asked or self.helps(prompt, need):
             return need
         log.warning("instructions and tools take too much of %d tokens: compaction cannot help", need.limit)
@@ -73,7 +72,7 @@ class Needs:
 
     def helps(self, prompt: Prompt, need: Need) -> bool:
         """Not so when instructions and tools alone take the room; then items have to grow to be worth it."""
-        standing = self._weigher.standing_tokens(prompt, need.scale)
+        standing = self._weigher.standing_tokens(prompt)
         return standing <= need.limit * self._settings.target or need.tokens - standing >= 2 * LEAST_PART * need.limit
 
     async def overflow(self, prompt: Prompt, refused: WindowExceeded) -> Need:
@@ -85,7 +84,7 @@ class Needs:
         known = refused.window_tokens or await way.upstream.window_tokens(way.model)
         limit = self.input_limit(prompt.request, known or (refused.prompt_tokens or estimate) * REFUSED_PART)
         tokens = max(estimate, limit, float(refused.prompt_tokens or 0))  # what is told may be a lower bound
-        return Need("overflow", limit, tokens, self._weigher.scale(prompt, tokens))
+        return Need("overflow", limit, tokens)
 
     def input_limit(self, request: TurnRequest, window_tokens: float) -> float:
         """What of a window is left for the prompt."""
@@ -100,4 +99,4 @@ class Needs:
             return None
         limit = self.input_limit(prompt.request, known)
         tokens = await self._weigher.counted(prompt, body, limit)
-        return Need("overflow", limit, tokens, self._weigher.scale(prompt, tokens)) if tokens > limit else None
+        return Need("overflow", limit, tokens) if tokens > limit else None

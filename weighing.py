@@ -5,7 +5,6 @@ May not know events, the store or compaction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -89,11 +88,6 @@ class Weigher:
         exact = await prompt.way.upstream.count_tokens(body, prompt.caller.bearer)
         return estimate if exact is None else float(exact)
 
-    def scale(self, prompt: Prompt, tokens: float) -> float:
-        """What the estimates of single items are to be multiplied by, so that they come to what was counted."""
-        whole = self._counter.tokens(prompt.way.name, self.whole_size(prompt, prompt.past.contents))
-        return min(max(tokens / max(whole, 1.0), LEAST_SCALE), MOST_SCALE)
-
     def learn(self, prompt: Prompt, tokens: float) -> None:
         """`tokens`: what the backend counted of the prompt."""
         if not self._counter.wants(prompt.way.name):
@@ -105,28 +99,53 @@ class Weigher:
         if base is None or new > 0:
             self._counter.learn(prompt.way.name, self.sized(prompt, base), new)
 
-    def standing_tokens(self, prompt: Prompt, scale: float) -> float:
-        return scale * self._counter.tokens(prompt.way.name, standing_size(echo(prompt.request), self._counter.units))
+    def balance(self, prompt: Prompt, tokens: float) -> Balance:
+        """For the parts of a window that came to so many tokens."""
+        whole = self._counter.tokens(prompt.way.name, self.whole_size(prompt, prompt.past.contents))
+        return Balance(self, prompt, min(max(tokens / max(whole, 1.0), LEAST_SCALE), MOST_SCALE))
+
+    def standing_tokens(self, prompt: Prompt) -> float:
+        """Of what stands before the items, as estimated."""
+        return self._counter.tokens(prompt.way.name, standing_size(echo(prompt.request), self._counter.units))
+
+    def contents_tokens(self, prompt: Prompt, contents: Contents) -> float:
+        """Of other contents in the place of the window's, as estimated."""
+        return self._counter.tokens(prompt.way.name, self.whole_size(prompt, contents))
+
+    def item_tokens(self, way: Way, item: Json) -> float:
+        units = self._counter.units
+        return self._counter.tokens(way.name, total([size_of(item, units), thought_size(item, units)]))
 
     def text_tokens(self, way: Way, text: str) -> float:
         return self._counter.tokens(way.name, Size(*self._counter.units(text)))
 
-    def contents_tokens(self, prompt: Prompt, contents: Contents, scale: float) -> float:
-        """Of other contents in the place of the window's."""
-        return scale * self._counter.tokens(prompt.way.name, self.whole_size(prompt, contents))
 
-    def tokens_of(self, prompt: Prompt, scale: float) -> Callable[[Json], float]:
-        """Counts each item once; an item is kept as long as its count, so that its id stays its own."""
-        units, name = self._counter.units, prompt.way.name
-        known: dict[int, tuple[Json, float]] = {}
+class Balance:
+    """Estimates of the parts of one window, set right by what the whole came to."""
 
-        def tokens_of(item: Json) -> float:
-            if id(item) not in known:
-                size = total([size_of(item, units), thought_size(item, units)])
-                known[id(item)] = item, scale * self._counter.tokens(name, size)
-            return known[id(item)][1]
+    def __init__(self, weigher: Weigher, prompt: Prompt, scale: float) -> None:
+        self.scale = scale
+        self._weigher = weigher
+        self._prompt = prompt
+        # An item is kept as long as its count, so that its id stays its own.
+        self._known: dict[int, tuple[Json, float]] = {}
 
-        return tokens_of
+    def standing_tokens(self) -> float:
+        return self.scale * self._weigher.standing_tokens(self._prompt)
+
+    def contents_tokens(self, contents: Contents) -> float:
+        return self.scale * self._weigher.contents_tokens(self._prompt, contents)
+
+    def item_tokens(self, item: Json) -> float:
+        """Counted once for each item."""
+        if id(item) not in self._known:
+            self._known[id(item)] = item, self.scale * self._weigher.item_tokens(self._prompt.way, item)
+        return self._known[id(item)][1]
+
+    def text_tokens(self, way: Way, text: str) -> float:
+        """For the model of the window, or for another one, of which nothing is known."""
+        scale = self.scale if way.name == self._prompt.way.name else 1.0
+        return scale * self._weigher.text_tokens(way, text)
 
 
 def _ends_with_cut_call(history: list[Json]) -> bool:

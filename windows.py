@@ -77,7 +77,7 @@ class Windows:
             raise InvalidRequest("Invalid 'input': there is nothing to compact.", param="input")
         prompt = Prompt(request, caller, past, await self._fitter.renderer.way(request.model))
         tokens = self._fitter.weigher.estimated(prompt)
-        need = Need("route", await self._fitter.needs.limit(prompt), tokens, self._fitter.weigher.scale(prompt, tokens))
+        need = Need("route", await self._fitter.needs.limit(prompt), tokens)
         made = await self._fitter.made(prompt, need)
         response_id = self._sources.new_id("resp")
         new_id = ItemIds(response_id)
