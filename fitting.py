@@ -1,4 +1,4 @@
-"""Makes a window fit its model: has a model write the record, and seals what takes its place.
+"""Makes a window fit its model: has a model write the summary, and seals what takes its place.
 
 May not know events, the HTTP framework or SQL.
 """

@@ -407,7 +407,7 @@ ITEMS: dict[str, ItemType] = {
     "program": HOSTED,
     "program_output": HOSTED,
     "item_reference": ItemType(_needs("a reference cannot stand here"), "replaced by the stored item that it names"),
-    "compaction": ItemType(_compaction, "what it stands for: user messages, a record of the rest, the newest turns"),
+    "compaction": ItemType(_compaction, "what it stands for: user messages, a summary of the rest, the newest turns"),
     "compaction_trigger": ItemType(_nothing, "last: the window is compacted, and the response is the compaction item"),
 }
 

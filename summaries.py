@@ -1,4 +1,4 @@
-"""Has a model write the record of what a plan lost, in pieces that fit into that model's window.
+"""Has a model write the summary of what a plan lost, in pieces that fit into that model's window.
 
 May not touch the backend: it is handed what asks.
 """
@@ -31,7 +31,7 @@ EMPTY = "The last attempt was empty."
 WORDS_PART = 0.75
 # What an answer may take beside the summary: some models think before they write.
 THINKING_TOKENS = 2048
-# Of the words around a record and a piece of the conversation.
+# Of the words around an earlier summary and a piece of the conversation.
 WORDS_TOKENS = 80
 # Pieces are not made smaller than this.
 SMALLEST_PIECE_TOKENS = 64
@@ -97,7 +97,7 @@ class Summariser:
         return int(min(2 * summary_tokens + THINKING_TOKENS, max(2 * summary_tokens, self._window_tokens / 4)))
 
     async def _written(self, piece: str, earlier: str, plan: Plan) -> str:
-        """Refuses an empty record and one that there is no room for, once."""
+        """Refuses an empty summary and one that there is no room for, once."""
         text = f"<record>\n{earlier}\n</record>\n\n" * bool(earlier) + f"<conversation>\n{piece}\n</conversation>"
         limit = int(plan.summary_tokens * WORDS_PART * len(PROMPT.split()) / self._tokens_in(PROMPT))
         words = f"Write the whole record anew, in at most {limit} words."
@@ -111,11 +111,11 @@ class Summariser:
             fault = EMPTY if not written else TOO_LONG if is_long else ""
             if not fault:
                 return written
-        raise failed(f"the model gave no usable record. {fault}")
+        raise failed(f"the model gave no usable summary. {fault}")
 
 
 def failed(reason: str) -> UpstreamGarbled:
-    """What a client is told when the model that has to write the record does not."""
+    """What a client is told when the model that has to write a summary does not."""
     return UpstreamGarbled(f"The conversation could not be compacted: {reason}", code=FAILED)
 
 
