@@ -31,7 +31,7 @@ from metrics import Metrics
 from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
 from past import NO_WINDOW
 from refusals import LATER
-from request import TurnRequest
+from request import TRIGGER, TurnRequest
 from sealing import Seals
 from streaming import ResponseStream, StreamPlan
 from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
@@ -250,7 +250,8 @@ class Fit:
     def window_items(self, output: list[Json]) -> int:
         """How many items are in the window that ends with this output, as the store will give it."""
         at = max((at for at, item in enumerate(output) if item["type"] == COMPACTION), default=None)
-        earlier = self._before_items + len(self.prompt.past.own) if at is None else -at
+        own = sum(item.get("type") != TRIGGER for item in self.prompt.past.own)
+        earlier = self._before_items + own if at is None else -at
         return earlier + len(output)
 
     def learn(self, counted: Json) -> None:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 LAST = (1 << 63) - 1
 EMPTY = Window("completed", [], 0)
 # Kinds of items.
-LISTED, UNLISTED, COMPACTION = 0, 1, 2
+LISTED, UNLISTED, COMPACTION, HIDDEN = 0, 1, 2, 3
 
 
 class _Span(NamedTuple):
@@ -296,10 +296,6 @@ def first_use(owner: str, key: str, now: float, db: sqlite3.Connection) -> tuple
         WHERE first_use.owner = ? AND key = ? AND until_at > ? AND turn.deleted_at IS NULL"""
     found: tuple[bytes, str] | None = db.execute(query, (owner, key, now)).fetchone()
     return found
-
-
-def learned(db: sqlite3.Connection) -> dict[str, bytes]:
-    return dict(db.execute("SELECT name, value FROM learned").fetchall())
 
 
 def problems(db: sqlite3.Connection) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from request import TurnRequest
+from request import TRIGGER, TurnRequest
 from tools import CALL_ID_PREFIX
 from verbs import KeptResponse, NewItem, NewTurn
 
@@ -158,7 +158,7 @@ def bare_turn(owner: str, response: Json, notes: Notes = NO_NOTES) -> NewTurn:
 # -- items -------------------------------------------------------------------------------------------------------------
 
 # Types that `input_items` never shows.
-UNLISTED = frozenset({"reasoning", "compaction", "compaction_trigger"})
+UNLISTED = frozenset({"reasoning", "compaction", TRIGGER})
 OUTPUT_ID_PREFIX = {
     "function_call_output": "fco",
     "custom_tool_call_output": "ctco",
@@ -189,4 +189,5 @@ def new_items(items: list[Json], *, begins_window: bool = False) -> tuple[NewIte
 
 def _new_item(item: Json, begins_window: bool) -> NewItem:
     kind = item["type"]
-    return NewItem(item["id"], orjson.dumps(item), kind not in UNLISTED, begins_window and kind == "compaction")
+    is_compaction = begins_window and kind == "compaction"
+    return NewItem(item["id"], orjson.dumps(item), kind not in UNLISTED, is_compaction, kind == TRIGGER)

@@ -64,7 +64,7 @@ SCHEMA_1 = (
     "CREATE INDEX turn_by_age ON turn (ages_from) WHERE ages_from IS NOT NULL AND deleted_at IS NULL",
     """CREATE TABLE item (
         seq INTEGER PRIMARY KEY,
-        kind INTEGER NOT NULL,        -- 0: listed, 1: not listed, 2: a compaction item, not listed either
+        kind INTEGER NOT NULL,        -- 0: listed, 1: not listed, 2: compaction, 3: nor in a window
         is_removed INTEGER NOT NULL,  -- taken out of its conversation
         body BLOB NOT NULL)    -- JSON""",
     # Ids that do not tell their response: see verbs.response_of.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
 
+import facts
 import reads
 import run_rows
 import writes
@@ -158,13 +159,13 @@ class SQLiteStore:
         return await self._reader.do(partial(reads.first_use, owner, key, now))
 
     async def secret(self, name: str) -> bytes:
-        return await self._writer.do(partial(writes.secret, name))
+        return await self._writer.do(partial(facts.secret, name))
 
     async def learned(self) -> dict[str, bytes]:
-        return await self._reader.do(reads.learned)
+        return await self._reader.do(facts.learned)
 
-    async def keep_learned(self, facts: dict[str, bytes]) -> None:
-        await self._writer.do(partial(writes.keep_learned, facts))
+    async def keep_learned(self, learned: dict[str, bytes]) -> None:
+        await self._writer.do(partial(facts.keep_learned, learned))
 
     async def purge(self, before_at: float, now: float) -> Purged:
         responses = freed_bytes = 0

@@ -21,7 +21,7 @@ from history import check_ids, refuse_repeated
 from leases import ASK_AGAIN_S
 from lists import conversation_object, item_list, list_object, listed_item, shown
 from records import identified, new_items, restored
-from request import INCLUDABLE, RequestLimits, check_metadata, invalid, parse_body
+from request import INCLUDABLE, TRIGGER, RequestLimits, check_metadata, invalid, parse_body
 from sources import Sources
 from translation import check_items
 from verbs import Conversation, KeptResponse, Page, Store, clipped, no_conversation, no_response
@@ -220,6 +220,10 @@ class Stored:
         items = await self._pasts.own(items, owner)
         refuse_repeated([], items)
         check_items(items, "items")
+        for index, item in enumerate(items):
+            if item.get("type") == TRIGGER:
+                at = f"items[{index}]"
+                raise InvalidRequest(f"Invalid '{at}': a {TRIGGER} belongs into a request for a response.", param=at)
         self._pasts.check_folds(items, owner, "items")
         return identified(items, self._sources.new_id)
 

@@ -27,6 +27,7 @@ class NewItem(msgspec.Struct, frozen=True):
     is_listed: bool = True
     # Whether a window that reaches it begins with it.
     is_compaction: bool = False
+    is_hidden: bool = False  # from every list and window
 
 
 class Lock(msgspec.Struct, frozen=True):
@@ -221,7 +222,7 @@ class Store(Protocol):
     async def learned(self) -> dict[str, bytes]:
         """What was learned about models, by name: the same for everybody who shares this store."""
 
-    async def keep_learned(self, facts: dict[str, bytes]) -> None: ...
+    async def keep_learned(self, learned: dict[str, bytes]) -> None: ...
 
     async def purge(self, before_at: float, now: float) -> Purged:
         """Makes responses older than `before_at` unknown, unless a conversation holds them, and gives space back."""

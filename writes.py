@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 from reads import (
     COMPACTION,
+    HIDDEN,
     LISTED,
     NEWEST,
     THREAD,
@@ -136,6 +137,8 @@ def insert_items(db: sqlite3.Connection, numbered: list[tuple[int, NewItem]], re
 
 
 def _kind(item: NewItem) -> int:
+    if item.is_hidden:
+        return HIDDEN
     return COMPACTION if item.is_compaction else LISTED if item.is_listed else UNLISTED
 
 
@@ -220,15 +223,6 @@ def renew(lock: Lock, until_at: float, db: sqlite3.Connection) -> bool:
 
 def release(lock: Lock, db: sqlite3.Connection) -> None:
     db.execute(RELEASE, (lock.name, lock.holder))
-
-
-def secret(name: str, db: sqlite3.Connection) -> bytes:
-    db.execute("INSERT OR IGNORE INTO secret VALUES (?, randomblob(32))", (name,))
-    return bytes(db.execute("SELECT value FROM secret WHERE name = ?", (name,)).fetchone()[0])
-
-
-def keep_learned(facts: dict[str, bytes], db: sqlite3.Connection) -> None:
-    db.executemany("INSERT OR REPLACE INTO learned VALUES (?,?)", facts.items())
 
 
 # -- deleting ----------------------------------------------------------------------------------------------------------

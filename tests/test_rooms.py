@@ -45,6 +45,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "reads": (2, 350, {"orjson"}),
     "writes": (2, 350, {"orjson"}),
     "run_rows": (2, 350, {"msgspec", "orjson"}),
+    "facts": (2, 100, set()),
     "store": (2, 250, set()),
     "once": (2, 100, set()),
     "records": (2, 250, {"msgspec", "orjson"}),
