@@ -15,6 +15,7 @@ from fitting import AHEAD, Fitter, FoldAhead
 from leases import Leases
 from needs import Need
 from past import Pasts
+from records import counted_tokens
 from sealing import Seals
 from weighing import Prompt
 
@@ -36,9 +37,11 @@ class Ahead:
         self._free = asyncio.Semaphore(MOST_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, prompt: Prompt, response_id: str, tokens: float | None) -> None:
-        """`tokens`: of the window and the answer to it, where the backend counted them."""
-        if self._fitter.settings.ahead and prompt.request.is_stored and tokens:
+    def consider(self, prompt: Prompt, response_id: str, body: bytes) -> None:
+        """`body`: of the response, as it was kept."""
+        if not self._fitter.settings.ahead or not prompt.request.is_stored:
+            return
+        if tokens := counted_tokens(body):
             task = asyncio.create_task(self._made(prompt, response_id, tokens))
             self._tasks.add(task)
             task.add_done_callback(self._ended)

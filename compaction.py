@@ -61,7 +61,7 @@ def threshold_of(request: TurnRequest, settings: CompactionSettings, window_toke
 # -- what stays --------------------------------------------------------------------------------------------------------
 
 # Parts of the room: of the summary, of system messages, of the newest turns.
-SUMMARY_PART, STANDING_PART, TAIL_PART = 0.25, 0.3, 0.4
+SUMMARY_PART, STANDING_PART, LATE_PART = 0.25, 0.3, 0.4
 # Part of a summary's length that user messages leave free beside it: models count badly.
 SLACK_PART = 0.4
 # What the pictures and files in a fold may take; a fold is sealed, kept, and sent to clients and back.
@@ -77,15 +77,15 @@ class Room(NamedTuple):
     all: float
     summary: float
     standing: float
-    tail: float
+    late: float
     users: float
 
 
 def room_for(tokens: float, settings: CompactionSettings, *, is_asked: bool) -> Room:
     """`is_asked`: a client wants it now: then only calls that wait for their output stay beside user messages."""
     summary = min(float(settings.summary_tokens), tokens * SUMMARY_PART)
-    tail = 0.0 if is_asked else tokens * TAIL_PART
-    return Room(tokens, summary, tokens * STANDING_PART, tail, float(settings.user_tokens))
+    late = 0.0 if is_asked else tokens * LATE_PART
+    return Room(tokens, summary, tokens * STANDING_PART, late, float(settings.user_tokens))
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -97,14 +97,14 @@ class Plan(msgspec.Struct, frozen=True):
 
     standing: list[Json]
     users: list[Json]
-    tail: list[Json]
+    late: list[Json]
     earlier: str
     lost: list[Json]
     summary_tokens: float
     most_tokens: float
 
     def fold(self, summary: str) -> Fold:
-        kept = _light([*self.users, *map(_unsealed, self.tail)])
+        kept = _light([*self.users, *map(_unsealed, self.late)])
         return Fold(summary, self.standing, kept[: len(self.users)], kept[len(self.users) :])
 
 
@@ -137,9 +137,9 @@ def planned(contents: Contents, room: Room, tokens_of: TokensOf) -> Plan:
     words = _Words(tokens_of)
     left = room.all - room.summary - words.record_tokens - sum(map(tokens_of, standing.kept))
     groups = grouped([item for item in rest if not is_standing(item)])
-    early, tail = _parted(groups, min(room.tail, max(left, 0.0)), tokens_of)
+    early, late = _parted(groups, min(room.late, max(left, 0.0)), tokens_of)
     said = [*contents.users, *filter(is_from_user, early)]
-    left -= sum(map(tokens_of, tail.kept))
+    left -= sum(map(tokens_of, late.kept))
     users = _users(
         said,
         min(room.users, left - room.summary * SLACK_PART),
@@ -151,8 +151,8 @@ def planned(contents: Contents, room: Room, tokens_of: TokensOf) -> Plan:
     is_lost = any(not is_from_user(item) or id(item) in gone for item in early)
     earlier = record_of([], contents.summary)
     is_long = tokens_of(earlier) > room.summary + words.record_tokens
-    lost = [*standing.lost, *([earlier] if is_long else ()), *dropped, *(early if is_lost else ()), *tail.lost]
-    kept = (standing.kept, users.kept, tail.kept)
+    lost = [*standing.lost, *([earlier] if is_long else ()), *dropped, *(early if is_lost else ()), *late.lost]
+    kept = (standing.kept, users.kept, late.kept)
     return Plan(
         *kept, "" if is_long else contents.summary, lost, room.summary, room.summary + min(max(left, 0.0), room.summary)
     )

@@ -139,8 +139,8 @@ class Fitter:
             return None
         ahead, new = msgspec.json.decode(payload, type=FoldAhead), prompt.past.contents.new
         standing = [*ahead.fold.standing, *filter(is_standing, new)]
-        tail = [*ahead.fold.tail, *(item for item in new if not is_standing(item))]
-        fold = msgspec.structs.replace(ahead.fold, standing=standing, tail=tail)
+        late = [*ahead.fold.late, *(item for item in new if not is_standing(item))]
+        fold = msgspec.structs.replace(ahead.fold, standing=standing, late=late)
         tokens = ahead.tokens + sum(self.weigher.item_tokens(prompt.way, item) for item in new)
         contents = folded([{"type": COMPACTION, FOLD: fold}], [])
         return Made(fold, contents, usage_of({}), tokens) if tokens < need.limit else None
@@ -185,7 +185,7 @@ class Fit:
 
         Raises: InvalidRequest.
         """
-        if self._is_looked_at:
+        if self._is_looked_at or not self._fitter.needs.concerns(self.prompt.request):
             return None
         self._is_looked_at = True
         need = await self._fitter.needs.need(self.prompt, self.body)

@@ -29,15 +29,14 @@ FOLDING_TYPES = frozenset({COMPACTION, TRIGGER})
 class Fold(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a compaction item holds. All but `summary` are items as they came, oldest first.
 
-    standing: system and developer messages, tools; users: user messages; tail: the newest turns.
+    standing: system and developer messages, tools; users: user messages; late: the newest turns, word for word.
     """
 
     summary: str = ""
     standing: list[Json] = []
     users: list[Json] = []
-    tail: list[Json] = []
+    late: list[Json] = []
     is_whole: bool = True
-    version: int = 1
 
 
 def payload_of(fold: Fold) -> bytes:
@@ -77,7 +76,7 @@ def _opened(item: Json, open_seal: OpenSeal, path: str) -> Json:
 class Contents(msgspec.Struct, frozen=True):
     """What is in a window: what its newest fold holds, and what came after it.
 
-    `history`: of earlier turns, the fold's tail included; `new`: of the request.
+    `history`: of earlier turns, the fold's late included; `new`: of the request.
     """
 
     standing: list[Json]
@@ -98,10 +97,10 @@ def folded(history: list[Json], new: list[Json]) -> Contents:
     history, new = _without_triggers(history), _without_triggers(new)
     if found := _newest_fold(new):
         at, fold = found
-        return _contents([*history, *new[:at]], fold, [], [*fold.tail, *new[at + 1 :]])
+        return _contents([*history, *new[:at]], fold, [], [*fold.late, *new[at + 1 :]])
     if found := _newest_fold(history):
         at, fold = found
-        return _contents(history[:at], fold, [*fold.tail, *history[at + 1 :]], new)
+        return _contents(history[:at], fold, [*fold.late, *history[at + 1 :]], new)
     return Contents([], [], "", history, new)
 
 

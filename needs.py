@@ -43,6 +43,14 @@ class Needs:
         self._weigher = weigher
         self._settings = settings
 
+    def concerns(self, request: TurnRequest) -> bool:
+        """Whether anything may be needed before the backend refuses."""
+        return request.truncation == "auto" or self._is_limited(request)
+
+    def _is_limited(self, request: TurnRequest) -> bool:
+        is_set = self._settings.threshold_tokens or self._settings.threshold_fraction
+        return bool(is_set or request.is_trigger or request.context_management)
+
     async def need(self, prompt: Prompt, body: Json) -> Need | None:
         """Why a window has to be compacted before it is sent, if it has to."""
         is_asked = prompt.request.is_trigger
@@ -61,14 +69,11 @@ class Needs:
     async def limit(self, prompt: Prompt) -> float:
         """The tokens from which on a window is compacted; inf: not before the backend refuses it."""
         request = prompt.request
-        if not (request.is_trigger or request.context_management or self._has_threshold()):
+        if not self._is_limited(request):
             return math.inf
         known = await prompt.way.upstream.window_tokens(prompt.way.model)
         threshold = threshold_of(request, self._settings, known) or math.inf
         return min(threshold, self.input_limit(request, known)) if known else threshold
-
-    def _has_threshold(self) -> bool:
-        return bool(self._settings.threshold_tokens or self._settings.threshold_fraction)
 
     def helps(self, prompt: Prompt, need: Need) -> bool:
         """Not so when instructions and tools alone take the room; then items have to grow to be worth it."""

@@ -85,13 +85,13 @@ def ignored_of(kept: KeptResponse) -> tuple[str, ...]:
     return tuple(orjson.loads(kept.body).get("ignored", ()))
 
 
-def counted_tokens(body: bytes, items: int) -> int | None:
+def counted_tokens(body: bytes, items: int | None = None) -> int | None:
     """Of the window that ends with a response, as the backend counted them; None where it did not.
 
-    body: as it was kept; items: how many are in the window now.
+    body: as it was kept; items: how many are in the window, where some may have been taken out since.
     """
     kept = orjson.loads(body) if body else {}
-    if kept.get("window_items", items) != items:
+    if items is not None and kept.get("window_items", items) != items:
         return None
     tokens: int | None = kept.get("window_tokens")
     if tokens is None and "usage" in kept:

@@ -27,7 +27,7 @@ from leases import Leases
 from metrics import Metrics
 from needs import Need
 from past import REASONING, OwnPlace, Pasts, Patience
-from records import Notes, counted_tokens, identified, new_turn
+from records import Notes, identified, new_turn
 from replay import replayed
 from request import TurnRequest, echo
 from sealing import Seals
@@ -213,12 +213,8 @@ class Keeper(msgspec.Struct, frozen=True):
         if save is None:
             return
         inputs = identified(past.own, self.course.item_ids)
-        items = self.fit.window_items(response["output"])
-        notes = Notes(
-            self.ignored,
-            self.fit.window_tokens(machine.counted),
-            items if self.asked.request.conversation_id else None,
-        )
+        items = self.fit.window_items(response["output"]) if self.asked.request.conversation_id else None
+        notes = Notes(self.ignored, self.fit.window_tokens(machine.counted), items)
         turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
         lease = None if turn.is_detached else past.lease
         first_use = None if turn.is_detached else self.asked.first_use
@@ -228,7 +224,7 @@ class Keeper(msgspec.Struct, frozen=True):
         if lease and is_saved:
             await lease.was_given_back()
         if is_saved and not turn.is_detached:
-            self.ahead.consider(self.fit.prompt, turn.id, counted_tokens(turn.body, items))
+            self.ahead.consider(self.fit.prompt, turn.id, turn.body)
 
 
 class Turn:

@@ -2,12 +2,14 @@
 
 `POST /script?chunks=200&interval_ms=5&silent=0` sets how the streams that begin after it behave: that many chunks, one
 network write each, one per interval (0: as fast as the reader takes them), or, silent, the first chunk and then nothing
-until the connection closes.
+until the connection closes. `words` is how many there are in a chunk. With `counting=1` the usage of an answer
+follows its length and that of the request, as a model's would; `plain_ms` is how long a plain answer takes.
 """
 
 import argparse
 import asyncio
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 from urllib.parse import parse_qsl
 
@@ -17,8 +19,16 @@ import uvloop
 
 WORDS = [b" word", b" that", b" then", b" some", b" line", b" more", b" time", b" here"]
 ENVELOPE = b'"created":1790000000,"id":"chatcmpl-5Yq0bJ1m","model":"bench","system_fingerprint":"b1","object":'
-USAGE = b'"usage":{"completion_tokens":200,"prompt_tokens":12,"total_tokens":212}'
+BYTES_PER_TOKEN = 4
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
+    numbers = (completion_tokens, prompt_tokens, prompt_tokens + completion_tokens)
+    return b'"usage":{"completion_tokens":%d,"prompt_tokens":%d,"total_tokens":%d}' % numbers
+
+
+USAGE = usage(12, 200)
 
 
 @dataclass
@@ -26,10 +36,13 @@ class Script:
     chunks: int = 200
     interval_ms: float = 5.0
     silent: bool = False
+    counting: bool = False
+    plain_ms: float = 0.0
+    words: int = 1
 
     def set(self, query: bytes) -> None:
         for key, value in parse_qsl(query.decode()):
-            setattr(self, key, float(value) if key == "interval_ms" else int(value))
+            setattr(self, key, float(value) if key.endswith("_ms") else int(value))
 
 
 def chunk(choices: bytes, extra: bytes = b"") -> bytes:
@@ -50,12 +63,25 @@ def choice(delta: bytes, finish: bytes = b"null") -> bytes:
 
 
 FIRST = chunk(choice(b'{"role":"assistant","content":null}'))
-DELTAS = [chunk(choice(b'{"content":"%b"}' % word)) for word in WORDS]
+
+
+@lru_cache
+def deltas(words: int) -> list[bytes]:
+    """One chunk for each word, in which it stands so many times."""
+    return [chunk(choice(b'{"content":"%b"}' % (word * words))) for word in WORDS]
+
+
 FINISH = chunk(choice(b"{}", b'"stop"'))
 USAGE_CHUNK = chunk(b"[]", b"," + USAGE)
 DONE = frame(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 MESSAGE = b'[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"%b"}}]' % b"".join(WORDS)
-COMPLETION = plain(b'{"choices":%b,%b"chat.completion",%b}' % (MESSAGE, ENVELOPE, USAGE))
+
+
+def completion(usage: bytes) -> bytes:
+    return plain(b'{"choices":%b,%b"chat.completion",%b}' % (MESSAGE, ENVELOPE, usage))
+
+
+COMPLETION = completion(USAGE)
 MODELS = plain(b'{"object":"list","data":[{"id":"bench","object":"model","created":0,"owned_by":"bench"}]}')
 NOT_FOUND = plain(b'{"error":{"message":"no such route","code":404}}', b"404 Not Found")
 
@@ -67,6 +93,7 @@ class Stream:
         self.loop = asyncio.get_running_loop()
         self.transport = transport
         self.left = script.chunks
+        self.deltas = deltas(script.words)
         self.interval_s = script.interval_ms / 1000
         self.tail = tail
         self.next_at = self.loop.time()
@@ -85,7 +112,7 @@ class Stream:
             self.transport.write(self.tail)
             return
         self.left -= 1
-        self.transport.write(DELTAS[self.left % len(DELTAS)])
+        self.transport.write(self.deltas[self.left % len(self.deltas)])
         self.schedule()
 
     def pause(self) -> None:
@@ -142,11 +169,26 @@ class Connection(asyncio.Protocol):
 
     def complete(self, request: dict[str, object]) -> None:
         if not request.get("stream"):
-            self.transport.write(COMPLETION)
+            self.answer(completion(self.usage(len(WORDS))) if self.script.counting else COMPLETION)
             return
         options = request.get("stream_options")
-        usage = USAGE_CHUNK if isinstance(options, dict) and options.get("include_usage") else b""
-        self.stream = Stream(self.transport, self.script, FINISH + usage + DONE)
+        is_counted = isinstance(options, dict) and options.get("include_usage")
+        told = (
+            chunk(b"[]", b"," + self.usage(self.script.chunks * self.script.words))
+            if self.script.counting
+            else USAGE_CHUNK
+        )
+        self.stream = Stream(self.transport, self.script, FINISH + told * bool(is_counted) + DONE)
+
+    def usage(self, words: int) -> bytes:
+        """As a model would count the request and an answer of so many words."""
+        return usage(len(self.body) // BYTES_PER_TOKEN, words * len(WORDS[0]) // BYTES_PER_TOKEN)
+
+    def answer(self, whole: bytes) -> None:
+        if self.script.plain_ms:
+            asyncio.get_running_loop().call_later(self.script.plain_ms / 1000, self.transport.write, whole)
+        else:
+            self.transport.write(whole)
 
 
 async def serve(port: int) -> None:

@@ -3,8 +3,8 @@
 
 Both servers get the same requests from the same load generator and backend, in alternating rounds; the ratio is the
 median over the rounds. Nothing is stored in these sections; the others measure the store alone, and the proxy with it
-beside the proxy without, in the background beside the foreground. Exits 1 when a bound is broken. A full run of all
-sections writes RESULTS.md.
+beside the proxy without, in the background beside the foreground, after a compaction beside an ordinary turn. Exits 1
+when a bound is broken. A full run of all sections writes RESULTS.md.
 """
 
 import argparse
@@ -46,12 +46,18 @@ BACKGROUND_BOUND = 2.0
 EVENT_BOUND = 1.5
 QUEUED_BOUND_KB = 2
 ADMISSION_BOUND = 1.5
+AHEAD_BOUND = 1.2
+COUNTING_BOUND = 1.15
 OWNERS = 20
 OWNER_KEYS = tuple(f"bench-{number}" for number in range(OWNERS))
 BACKGROUND = ("--keep", "turns", "--background")
 NO_SETTINGS: Mapping[str, str] = {}
 # As many as one answer of the backend to a plain request has words.
 WORDS = 8
+# A chain whose turns are of 1 KB and an answer of 1.6 KB passes the threshold with the answer to its last turn; an
+# ordinary one has about as many tokens as that after it was compacted.
+THRESHOLD_TOKENS, LONG_TURNS, ORDINARY_TURNS = 4600, 7, 2
+NEVER_TOKENS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Plan:
     live_streams: int = 32
     queued_runs: int = 10_000
     queue_rounds: int = 3
+    window_chains: int = 12
+    chain_turns: int = 50
 
 
 FULL = Plan(rounds=15, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=3)
@@ -146,8 +154,11 @@ class Bench:
     relay: Server
     proxy: Server
 
-    def script(self, *, chunks: int, interval_ms: float = 0, silent: bool = False) -> None:
-        query = f"chunks={chunks}&interval_ms={interval_ms}&silent={int(silent)}"
+    def script(self, *, chunks: int, interval_ms: float = 0, silent: bool = False, more: str = "") -> None:
+        """`more`: what only some sections set, in the form of a query."""
+        query = (
+            f"chunks={chunks}&interval_ms={interval_ms}&silent={int(silent)}&{more or 'words=1&counting=0&plain_ms=0'}"
+        )
         fetch(f"http://127.0.0.1:{self.backend_port}/script?{query}", b"")
 
     def compare(self, measure: Measure, rounds: int) -> tuple[float, float, tuple[float, ...]]:
@@ -400,6 +411,72 @@ def rate(bench: Bench) -> list[Row]:
     return [Row.of_rounds(f"Background runs, {at_once} clients, 8 workers, one process", "per s", rates[1:])]
 
 
+def ahead(bench: Bench) -> list[Row]:
+    """The turn after one that passed the threshold; what writes the record takes 50 ms, where a model takes seconds."""
+    threshold = {"COMPACTION__THRESHOLD_TOKENS": str(THRESHOLD_TOKENS)}
+    rows: list[Row] = []
+    with (
+        serving("proxy", bench.backend_port, **threshold, COMPACTION__AHEAD="true") as ready,
+        serving("proxy", bench.backend_port, **threshold) as waiting,
+    ):
+        for interval_ms, pace, bound in ((10, "a chunk per 10 ms", AHEAD_BOUND), (0, "as fast as they go", None)):
+            bench.script(chunks=2, interval_ms=interval_ms, more="words=160&counting=1&plain_ms=50")
+            seen = [after_turns(bench, ready, waiting, is_odd=turn % 2 == 1) for turn in range(bench.plan.rounds + 1)]
+            for name, event in (("created_ms", "`response.created`"), ("delta_ms", "the first text delta")):
+                ordinary, made, path = ([each[name] for each in kind] for kind in zip(*seen[1:], strict=True))
+                what = f"Delay of {event}, {pace},"
+                rows += [
+                    Row.of_rounds(f"{what} ordinary turn of a chain", "ms", ordinary),
+                    Row.of_rounds(f"{what} chain compacted ahead", "ms", made),
+                    Row.of_rounds(f"{what} compacted in its path", "ms", path),
+                    Row.of_ratios(f"{what} compacted ahead : ordinary", map(truediv, made, ordinary), bound),
+                ]
+    return rows
+
+
+def after_turns(bench: Bench, ready: Server, waiting: Server, *, is_odd: bool) -> list[dict[str, Any]]:
+    """First events of an ordinary turn, after a compaction ahead, and after one in its path.
+
+    Which of the first two is measured first alternates.
+    """
+    works: list[tuple[int, tuple[str, ...]]] = [(ORDINARY_TURNS, ()), (LONG_TURNS, ("--store", ready.store))]
+    order = 1 if is_odd else -1
+    ordinary, made = [first_events(bench, ready, turns, *flags) for turns, flags in works[::order]][::order]
+    path = first_events(bench, waiting, LONG_TURNS)
+    chains = bench.plan.window_chains
+    if [seen["compacted"] for seen in (ordinary, made, path)] != [0, chains, chains]:
+        raise SystemExit(f"windows were not compacted as they should: {ordinary} {made} {path}")
+    if not ordinary["tokens"] / 1.2 < made["tokens"] < ordinary["tokens"] * 1.2:
+        raise SystemExit(f"windows of {ordinary['tokens']} and {made['tokens']} tokens cannot be compared")
+    return [ordinary, made, path]
+
+
+def first_events(bench: Bench, server: Server, turns: int, *flags: str) -> dict[str, Any]:
+    """Of a turn at the end of each of some chains, one at a time."""
+    command = [sys.executable, str(BENCH / "windows.py"), "--port", str(server.port), "--turns", str(turns)]
+    return printed([*command, "--count", str(bench.plan.window_chains), *flags])
+
+
+def counting(bench: Bench) -> list[Row]:
+    """What it costs to know how full a window is: the same chains with a threshold that is never reached."""
+    bench.script(chunks=WORDS)
+    turns = bench.plan.chain_turns
+    requests = cpu_per_request(20 * turns, 20, "--keep", "chains")
+    backend = bench.backend_port
+    with (
+        serving("proxy", backend) as bare,
+        serving("proxy", backend, COMPACTION__THRESHOLD_TOKENS=str(NEVER_TOKENS)) as minding,
+    ):
+        measures: list[Measure] = [lambda _: requests(bare), lambda _: requests(minding)]
+        without, with_threshold = taking_turns(measures, bare, bench.plan.rounds)
+    what = f"CPU per plain request, chains of {turns} turns, threshold"
+    return [
+        Row.of_rounds(f"{what} not set", "µs", without),
+        Row.of_rounds(f"{what} never reached", "µs", with_threshold),
+        Row.of_ratios(f"{what} never reached : not set", map(truediv, with_threshold, without), COUNTING_BOUND),
+    ]
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "paced": paced,
     "free": free,
@@ -413,6 +490,8 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "events": events,
     "queue": queue,
     "rate": rate,
+    "ahead": ahead,
+    "counting": counting,
 }
 
 
@@ -583,6 +662,12 @@ Bounds on these ratios are of the median. The queue is filled over HTTP into a f
 after {FULL.queued_runs // 10} runs that are not counted. Rows about the store's part in it are of a process without a
 server: {FULL.queued_runs} runs of {OWNERS} owners, one of whom has half of them; 200 are admitted at a time, and one is
 claimed at a time, in an order that is checked. Runs per second share the two cores with the clients and the backend.
+
+Compaction ahead of time is measured at the last turn of chains (`bench/windows.py`), one at a time: of {LONG_TURNS}
+turns, whose window of about {THRESHOLD_TOKENS} tokens was compacted, and of {ORDINARY_TURNS}, whose window is as large
+as that one then is, within a fifth, which is checked. The record takes the backend 50 ms, where a model takes seconds.
+A backend that answers at once shows what the proxy itself adds; the bound is with one that takes 10 ms to its first
+chunk, which is less than models take.
 """
 
 

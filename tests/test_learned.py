@@ -1,0 +1,126 @@
+"""What is learned of a model's tokens, through the running proxy: it makes first estimates better, and is kept."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compacting import FILLER, MODES, Talker, answered, asked, backend, turn
+from conftest import App, StartApp, running_app, settings_of
+from scripted import Script
+from test_background import file
+
+__all__ = ["backend", "file"]
+Json = dict[str, Any]
+# A model whose vocabulary has far more tokens for a text than others have.
+WEIGHT = 3
+
+
+def count_of(messages: list[Json]) -> int:
+    return sum(20 + WEIGHT * len(message["content"]) // 4 for message in messages)
+
+
+def counted(body: Json) -> Script:
+    """An answer with the counts of that model."""
+    script = answered(body, "Yes.")
+    usage = {"prompt_tokens": count_of(body["messages"]), "completion_tokens": 3, "total_tokens": 0}
+    told = json.loads(b"".join(step for step in script.steps if isinstance(step, bytes)))
+    return Script([json.dumps({**told, "usage": usage}).encode()])
+
+
+def in_file(file: Path) -> dict[str, bytes]:
+    with closing(sqlite3.connect(file)) as db:
+        return dict(db.execute("SELECT name, value FROM learned").fetchall())
+
+
+async def estimate(app: App, text: str) -> int:
+    told = await asked(app, "/responses/input_tokens", {"model": "m", "input": text})
+    return int(told["input_tokens"])
+
+
+async def taught(app: App) -> None:
+    for length in range(1, 12):
+        await turn(app, "plain", FILLER * length)
+
+
+QUESTION = FILLER * 30
+TRUE = count_of([{"content": QUESTION}])
+
+
+async def test_what_is_learned_of_a_model_is_kept_over_a_restart(backend: Talker, file: Path) -> None:
+    backend.answer = counted
+    settings = settings_of(backend.url, store={"path": str(file)})
+    async with running_app(settings) as app:
+        at_first = await estimate(app, QUESTION)
+        await taught(app)
+        learned = await estimate(app, QUESTION)
+    assert [name.endswith(" m") for name in in_file(file)] == [True]
+    async with running_app(settings) as app:
+        after = await estimate(app, QUESTION)
+    assert at_first < TRUE / 2
+    assert (learned, after) == (pytest.approx(TRUE, rel=0.05), learned)
+
+
+async def test_another_process_goes_on_learning_where_the_first_one_was(backend: Talker, file: Path) -> None:
+    backend.answer = counted
+    settings = settings_of(backend.url, store={"path": str(file)})
+    seen = []
+    for _ in range(2):
+        async with running_app(settings) as app:
+            await taught(app)
+        ((value,),) = (in_file(file).values(),)
+        seen.append(json.loads(value)[0])
+    assert seen == [11, 22]
+
+
+async def test_what_a_model_taught_decides_when_a_first_turn_is_compacted(start_app: StartApp, backend: Talker) -> None:
+    backend.answer = counted
+    app = await start_app(compaction={"threshold_tokens": 1200})
+    first = await turn(app, "plain", QUESTION)
+    await taught(app)
+    second = await turn(app, "plain", QUESTION)
+    assert [each["output"][0]["type"] for each in (first, second)] == ["message", "compaction"]
+
+
+async def test_another_model_is_not_known_by_it(start_app: StartApp, backend: Talker) -> None:
+    backend.answer = counted
+    app = await start_app()
+    before = await estimate(app, QUESTION)
+    for length in range(1, 12):
+        await app.openai.responses.create(model="other", input=FILLER * length)
+    assert await estimate(app, QUESTION) == before
+
+
+async def test_without_a_file_it_is_learned_and_forgotten(backend: Talker) -> None:
+    backend.answer = counted
+    settings = settings_of(backend.url)
+    found = []
+    for _ in range(2):
+        async with running_app(settings) as app:
+            found.append(await estimate(app, QUESTION))
+            await taught(app)
+            assert await estimate(app, QUESTION) == pytest.approx(TRUE, rel=0.05)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_backend_that_counts_nothing_or_nonsense_teaches_nothing(
+    start_app: StartApp, backend: Talker, mode: str
+) -> None:
+    app = await start_app()
+    before = await estimate(app, QUESTION)
+    backend.answer = lambda body: without_usage(answered(body, "Yes."))
+    await turn(app, mode, FILLER)
+    assert await estimate(app, QUESTION) == before
+
+
+def without_usage(script: Script) -> Script:
+    raw = b"".join(step for step in script.steps if isinstance(step, bytes))
+    if raw.startswith(b"data:"):
+        blocks = [block for block in raw.split(b"\n\n") if b'"usage"' not in block]
+        return Script([b"\n\n".join(blocks)])
+    return Script([json.dumps({key: value for key, value in json.loads(raw).items() if key != "usage"}).encode()])
