@@ -114,12 +114,15 @@ def _unsealed(item: Json) -> Json:
 
 
 def _light(items: list[Json]) -> list[Json]:
-    """With words for the oldest pictures and files where all together are too much to be sealed and sent about."""
+    """With words for the oldest pictures and files where all together are too much to be sealed and sent about.
+
+    Those of the newest item stay: that one is being answered.
+    """
     light: list[Json] = []
     left = DATA_BYTES
     for item in reversed(items):
-        left -= sum(len(part.get(key) or "") for part in _parts_of(item) for key in DATA_KEYS)
-        light.append(item if left >= 0 else bare_of(item))
+        left -= sum(map(_data_chars, _parts_of(item)))
+        light.append(item if left >= 0 or not light else bare_of(item))
     return light[::-1]
 
 
@@ -326,6 +329,12 @@ def bare_of(item: Json) -> Json:
 def _parts_of(item: Json) -> list[Json]:
     lists = (item[key] for key in CUT_KEYS if isinstance(item.get(key), list))
     return [part for parts in lists for part in parts if isinstance(part, dict)]
+
+
+def _data_chars(part: Json) -> int:
+    audio = part.get("input_audio")
+    data = [*(part.get(key) for key in DATA_KEYS), audio.get("data") if isinstance(audio, dict) else None]
+    return sum(len(each) for each in data if isinstance(each, str))
 
 
 def _without_pictures(parts: list[Any]) -> list[Any]:

@@ -79,10 +79,6 @@ class Size(NamedTuple):
     tools: float = 0.0
 
 
-def difference(new: Size, old: Size) -> Size:
-    return Size(*(a - b for a, b in zip(new, old, strict=True)))
-
-
 def total(sizes: Iterable[Size]) -> Size:
     return Size(*map(sum, zip(Size(), *sizes, strict=True)))
 
@@ -231,7 +227,8 @@ class Weights:
             rows[i][i] += RIDGE[i]
             rows[i][-1] += RIDGE[i] * PRIOR[i]
         for i in PARTS:
-            rows[i] = [value / rows[i][i] for value in rows[i]]
+            pivot = max(rows[i][i], RIDGE[i])  # no less, but for rounding
+            rows[i] = [value / pivot for value in rows[i]]
             for j in PARTS:
                 if j != i:
                     rows[j] = [a - rows[j][i] * b for a, b in zip(rows[j], rows[i], strict=True)]

@@ -23,7 +23,7 @@ Json = dict[str, Any]
 COMPACTION = "compaction"
 # The key of an opened item under which its Fold is; nothing that a client sends holds one.
 FOLD = "fold"
-FOLDING_TYPES = frozenset({COMPACTION, TRIGGER})
+FOLDING_TYPES = (COMPACTION, TRIGGER)
 
 
 class Fold(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -39,6 +39,7 @@ DETECTION_PAUSE_S, FOUND_KEPT_S = 10.0, 300.0
 SILENT_PAUSE_S = 30.0
 # How long an endpoint beside the chat may take; and the statuses that say that there is none.
 ASIDE_S = 5.0
+NOT_IN_TIME = 408
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.
 DRAIN_S = 0.1
@@ -295,18 +296,20 @@ class Upstream:
         status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), bearer)
         if status in NO_SUCH_ENDPOINT:
             self._count_again_at = now + FOUND_KEPT_S
-        elif not status:
+        elif status == NOT_IN_TIME:
             self._count_again_at = now + SILENT_PAUSE_S
         return tokenizer.read(answer)
 
     async def _ask_aside(self, path: str, body: Json | None = None, bearer: str | None = None) -> tuple[int, Any]:
-        """The status of an endpoint beside the chat, 0 without an answer in time, and its JSON when that is 200."""
+        """The status of an endpoint beside the chat, 0 without an answer, and its JSON when that is 200."""
         method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
         try:
             async with asyncio.timeout(ASIDE_S):
                 answer = await self._request(method, self._root + path, data, self._headers_for(bearer))
                 if answer.status == 200:
                     return 200, orjson.loads(await answer.read())
+        except TimeoutError:
+            return NOT_IN_TIME, None
         except (aiohttp.ClientError, OSError, orjson.JSONDecodeError):
             return 0, None
         answer.close()

@@ -6,13 +6,14 @@ May not know events, the store or compaction.
 from __future__ import annotations
 
 from itertools import takewhile
+from operator import sub
 from typing import Any, NamedTuple
 
 import msgspec
 import orjson
 
 from auth import Caller
-from counting import Counter, Size, added_size, difference, size_of, standing_size, thought_size, total, window_size
+from counting import Counter, Size, added_size, size_of, standing_size, thought_size, total, window_size
 from dispatch import Way
 from folding import Contents, laid_out
 from items import is_from_user, item_type
@@ -70,7 +71,7 @@ class Weigher:
         sends = prompt.way.dialect.reasoning_field is not None
         added = added_size([*contents.history, *contents.new], len(contents.history), units, sends)
         standing = standing_size(echo(prompt.request), units)
-        return total([added, difference(standing, standing_size(base.said, units))])
+        return total([added, Size(*map(sub, standing, standing_size(base.said, units)))])
 
     def whole_size(self, prompt: Prompt, contents: Contents) -> Size:
         sends, units = prompt.way.dialect.reasoning_field is not None, self._counter.units

@@ -301,7 +301,7 @@ MANY: Json = {
     "prompt_cache_retention": "24h",
     "user": "u",
     "truncation": "auto",
-    "context_management": [{"type": "compaction", "compact_threshold": 1000}],
+    "context_management": [{"type": "compaction", "compact_threshold": 100_000}],
     "seed": 7,
 }
 

@@ -213,7 +213,6 @@ def picture(mebibytes: int) -> Json:
     return user([{"type": "input_image", "image_url": f"data:image/png;base64,{'A' * 2**20 * mebibytes}"}])
 
 
-@pytest.mark.xfail(strict=True, reason="the newest picture of more than 4 MiB becomes a word")
 def test_the_picture_that_is_asked_about_stays_whatever_it_takes() -> None:
     assert Plan([], [], [picture(5)], "", [], 0, 0).fold("s").late == [picture(5)]
 

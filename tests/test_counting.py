@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from operator import sub
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from counting import (
     added_size,
     by_bytes,
     by_vocabulary,
-    difference,
     restored_weights,
     size_of,
     standing_size,
@@ -175,7 +175,7 @@ def test_what_is_added_is_what_a_window_grows_by_and_the_entry_of_the_answer(
     before = copy.deepcopy([*items, *more])
     whole = [window_size(window, by_bytes, is_sent) for window in (items, [*items, *more])]
     added = added_size([*items, *more], len(items), by_bytes, is_sent)
-    assert added == pytest.approx(total([difference(whole[1], whole[0]), Size(entries=1)]))
+    assert added == pytest.approx(total([Size(*map(sub, whole[1], whole[0])), Size(entries=1)]))
     assert [*items, *more] == before
 
 

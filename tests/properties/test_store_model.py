@@ -73,7 +73,7 @@ def told(node: Node | None) -> Window:
         return Window("completed", [], 0)
     window = window_of(node)
     newest = max(0, len(window) - len(node.shown))
-    own = (node.saved.body, node.saved.model) if node.saved else (b"", "")
+    own = (node.saved.body, node.saved.settings) if node.saved else (b"", b"")
     return Window("completed", bodies(window), newest, *own, node.ahead)
 
 
