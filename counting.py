@@ -195,7 +195,6 @@ class Weights:
     def __init__(self, seen: int = 0, sums: list[float] | None = None) -> None:
         """`sums`: of the products of parts with each other, and with tokens, as `kept` gives them."""
         self.seen = seen
-        self.offered = 0
         self.is_off = False
         self._sums = sums or [0.0] * (len(PRIOR) * (len(PRIOR) + 1))
         # Solved when it is asked for: most turns only add to the sums.
@@ -247,8 +246,8 @@ def restored_weights(kept: bytes) -> Weights:
 KNOWN_AFTER = 3
 # Clients name models as they like.
 MOST_MODELS = 1000
-# Of a model that is known, every so manieth count is learned from.
-LEARNED_ALWAYS, LEARNED_EVERY = 32, 16
+# Of a model that is known, every so manieth count is learned from; a prime, because models may take turns.
+LEARNED_ALWAYS, LEARNED_EVERY = 32, 61
 
 
 class Counter:
@@ -259,6 +258,7 @@ class Counter:
         self._unit = unit
         self._weights: dict[str, Weights] = {}
         self._unknown = Weights()
+        self._offered = 0
         self._changed: set[str] = set()
 
     def tokens(self, model: str, size: Size) -> float:
@@ -269,9 +269,9 @@ class Counter:
 
     def wants(self, model: str) -> bool:
         """Whether a count of this model is worth the work of learning from it."""
+        self._offered += 1
         weights = self._of(model)
-        weights.offered += 1
-        return weights.is_off or weights.seen < LEARNED_ALWAYS or weights.offered % LEARNED_EVERY == 0
+        return self._offered % LEARNED_EVERY == 0 or weights.is_off or weights.seen < LEARNED_ALWAYS
 
     def learn(self, model: str, size: Size, tokens: float) -> None:
         name = self._name(model)

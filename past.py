@@ -189,7 +189,7 @@ class Pasts:
 
 
 def _alone(items: list[Json]) -> Past:
-    return Past(folded([], items), items)
+    return Past(Contents([], [], "", [], items), items)
 
 
 def _is_alone(request: TurnRequest) -> bool:

@@ -283,7 +283,8 @@ def _check_exclusive(request: TurnRequest, limits: RequestLimits) -> None:
 
 def _check_trigger(request: TurnRequest, limits: RequestLimits) -> None:
     """Raises: InvalidRequest for a trigger with something behind it."""
-    for index, item in enumerate(request.items[:-1]):
+    given = request.input if isinstance(request.input, list) else []
+    for index, item in enumerate(given[:-1]):
         if item.get("type") == TRIGGER:
             raise InvalidRequest(
                 f"Invalid 'input[{index}]': a {TRIGGER} has to be the last item.", param=f"input[{index}]"

@@ -209,9 +209,10 @@ class Keeper(msgspec.Struct, frozen=True):
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
-        save, past, response = self.course.save, self.fit.prompt.past, machine.snapshot()
+        save = self.course.save
         if save is None:
             return
+        past, response = self.fit.prompt.past, machine.snapshot()
         inputs = identified(past.own, self.course.item_ids)
         items = self.fit.window_items(response["output"]) if self.asked.request.conversation_id else None
         notes = Notes(self.ignored, self.fit.window_tokens(machine.counted), items)

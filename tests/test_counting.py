@@ -319,7 +319,7 @@ def test_a_model_that_is_known_is_learned_from_now_and_then() -> None:
     for _ in range(32):
         assert counter.wants("a")
         counter.learn("a", size, 100)
-    assert sum(counter.wants("a") for _ in range(160)) == 10
+    assert sum(counter.wants("a") for _ in range(610)) == 10
 
 
 def test_models_that_take_turns_are_both_learned_from() -> None:
