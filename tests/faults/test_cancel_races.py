@@ -181,7 +181,8 @@ def assert_answers(races: list[Race]) -> None:
 def assert_backend_was_let_go(fleet: Fleet, races: list[Race]) -> None:
     for race in races:
         for each in fleet.backend.of(race.prompt):
-            assert each.began_at <= race.answered_at, (race, each)
+            # A request that was closed before the answer left may be read after it: two sockets have no order.
+            assert each.began_at <= race.answered_at or each.sent == 0, (race, each)
             assert each.ended_at is not None, (race, each)
             assert each.ended_at <= race.answered_at + CLOSED_WITHIN_S, (race, each)
 
