@@ -155,10 +155,9 @@ def planned(contents: Contents, room: Room, tokens_of: TokensOf) -> Plan:
     earlier = record_of([], contents.summary)
     is_long = tokens_of(earlier) > room.summary + words.record_tokens
     lost = [*standing.lost, *([earlier] if is_long else ()), *dropped, *(early if is_lost else ()), *late.lost]
+    spare = min(max(left, 0.0), room.summary)
     kept = (standing.kept, users.kept, late.kept)
-    return Plan(
-        *kept, "" if is_long else contents.summary, lost, room.summary, room.summary + min(max(left, 0.0), room.summary)
-    )
+    return Plan(*kept, "" if is_long else contents.summary, lost, room.summary, room.summary + spare)
 
 
 class _Words:
@@ -264,7 +263,7 @@ def truncated(contents: Contents, tokens: float, tokens_of: TokensOf) -> Content
     most = len(turns) if contents.is_folded else len(turns) - 1
     kept = [item for turn in turns[len(turns) - max(1, min(fitting, most)) :] for item in turn]
     start = max(0, len(kept) - len(new))
-    return Contents(standing, [], "", kept[:start], kept[start:])
+    return Contents(standing, history=kept[:start], new=kept[start:])
 
 
 def in_turns(history: list[Json], new: list[Json]) -> list[list[Json]]:

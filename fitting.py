@@ -16,17 +16,11 @@ from typing import Any
 import msgspec
 
 from chunks import joined_usage, usage_of
-from compaction import (
-    CompactionSettings,
-    Room,
-    planned,
-    room_for,
-    truncated,
-)
+from compaction import CompactionSettings, Room, planned, room_for, truncated
 from counting import Counter
 from dispatch import Renderer
 from errors import UpstreamError, WindowExceeded
-from folding import COMPACTION, FOLD, Contents, Fold, folded, is_standing, payload_of
+from folding import COMPACTION, Contents, Fold, contents_of, is_standing
 from metrics import Metrics
 from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
 from past import NO_WINDOW
@@ -46,10 +40,9 @@ AHEAD = "compaction ahead"
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What takes the place of a window: as it is kept, laid out, what it took to make it, and its tokens."""
+    """What takes the place of a window, what it took to make it, and its tokens."""
 
     fold: Fold
-    contents: Contents
     usage: Json
     tokens: float
 
@@ -104,7 +97,7 @@ class Fitter:
 
     def sealed(self, owner: str, item_id: str, fold: Fold) -> Json:
         """The compaction item as clients see it."""
-        blob = self._seals.seal(COMPACTION, owner, item_id, payload_of(fold))
+        blob = self._seals.seal(COMPACTION, owner, item_id, msgspec.json.encode(fold))
         return {"id": item_id, "type": COMPACTION, "encrypted_content": blob}
 
     async def made(self, prompt: Prompt, need: Need) -> Made:
@@ -122,8 +115,7 @@ class Fitter:
             if error.http_status in LATER or error.error_code == FAILED:
                 raise
             raise failed(error.message) from error
-        contents = folded([{"type": COMPACTION, FOLD: fold}], [])
-        made = Made(fold, contents, usage, balance.contents_tokens(contents))
+        made = Made(fold, usage, balance.contents_tokens(contents_of(fold)))
         self._metrics.compacted(need.cause, need.tokens, made.tokens, self._clock() - began_at)
         numbers = (need.tokens, made.tokens, usage["total_tokens"])
         log.info("compacted (%s): %d tokens became %d; it took %d", need.cause, *numbers)
@@ -142,8 +134,7 @@ class Fitter:
         late = [*ahead.fold.late, *(item for item in new if not is_standing(item))]
         fold = msgspec.structs.replace(ahead.fold, standing=standing, late=late)
         tokens = ahead.tokens + sum(self.weigher.item_tokens(prompt.way, item) for item in new)
-        contents = folded([{"type": COMPACTION, FOLD: fold}], [])
-        return Made(fold, contents, usage_of({}), tokens) if tokens < need.limit else None
+        return Made(fold, usage_of({}), tokens) if tokens < need.limit else None
 
     async def _folded(self, prompt: Prompt, need: Need, balance: Balance) -> tuple[Fold, Json]:
         """And what it took to make it."""
@@ -203,7 +194,7 @@ class Fit:
         item_id = self.item_id if self.is_mere else self._new_id("cmp")
         fitted = self._fitted = await self._fitter.compacted(self.prompt, need, item_id)
         if not self.is_mere:
-            await self._send(fitted.made.contents)
+            await self._send(contents_of(fitted.made.fold))
         return fitted
 
     def can_change(self, refused: WindowExceeded) -> bool:

@@ -39,10 +39,6 @@ class Fold(msgspec.Struct, frozen=True, omit_defaults=True):
     is_whole: bool = True
 
 
-def payload_of(fold: Fold) -> bytes:
-    return msgspec.json.encode(fold)
-
-
 # -- opening -----------------------------------------------------------------------------------------------------------
 
 OpenSeal = Callable[[str | None, str], bytes | None]
@@ -76,14 +72,14 @@ def _opened(item: Json, open_seal: OpenSeal, path: str) -> Json:
 class Contents(msgspec.Struct, frozen=True):
     """What is in a window: what its newest fold holds, and what came after it.
 
-    `history`: of earlier turns, the fold's late included; `new`: of the request.
+    `history`: of earlier turns, the newest ones of the fold included; `new`: of the request.
     """
 
-    standing: list[Json]
-    users: list[Json]
-    summary: str
-    history: list[Json]
-    new: list[Json]
+    standing: list[Json] = []
+    users: list[Json] = []
+    summary: str = ""
+    history: list[Json] = []
+    new: list[Json] = []
 
     @property
     def is_folded(self) -> bool:
@@ -93,7 +89,7 @@ class Contents(msgspec.Struct, frozen=True):
 def folded(history: list[Json], new: list[Json]) -> Contents:
     """The newest fold takes the place of all before it, but for system messages and the user messages it leaves out."""
     if not folds_in(history) and not folds_in(new):
-        return Contents([], [], "", history, new)
+        return Contents(history=history, new=new)
     history, new = _without_triggers(history), _without_triggers(new)
     if found := _newest_fold(new):
         at, fold = found
@@ -101,7 +97,12 @@ def folded(history: list[Json], new: list[Json]) -> Contents:
     if found := _newest_fold(history):
         at, fold = found
         return _contents(history[:at], fold, [*fold.late, *history[at + 1 :]], new)
-    return Contents([], [], "", history, new)
+    return Contents(history=history, new=new)
+
+
+def contents_of(fold: Fold) -> Contents:
+    """A window with nothing else in it."""
+    return Contents(fold.standing, fold.users, fold.summary, fold.late)
 
 
 def folds_in(items: list[Json]) -> bool:

@@ -112,7 +112,7 @@ class Pasts:
         if window.status in UNFINISHED:
             own = await self.own(items, owner)
             self.check_folds(own, owner, "input")
-            return Past(folded([], []), own), False
+            return Past(Contents(), own), False
         return await self._found(request, owner, window, None), True
 
     async def _ended_window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
@@ -189,7 +189,7 @@ class Pasts:
 
 
 def _alone(items: list[Json]) -> Past:
-    return Past(Contents([], [], "", [], items), items)
+    return Past(Contents(new=items), items)
 
 
 def _is_alone(request: TurnRequest) -> bool:

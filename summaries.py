@@ -137,10 +137,10 @@ def in_pieces(text: str, piece_tokens: float, tokens_in: Callable[[str], float])
 
 def transcript(items: list[Json]) -> str:
     """The items as a summariser reads them: what the model was told of each."""
-    return "\n\n".join(filter(None, (_told(piece) for item in items for piece in _pieces(item))))
+    return "\n\n".join(filter(None, (_told(piece) for item in items for piece in _pieces_of(item))))
 
 
-def _pieces(item: Json) -> list[Piece]:
+def _pieces_of(item: Json) -> list[Piece]:
     """A file that only its own backend can read is a word."""
     row, at = ITEMS[item_type(item)], At("", GENERIC, Toolbox())
     try:

@@ -37,7 +37,7 @@ log = logging.getLogger("responses_proxy.upstream")
 DETECTION_PAUSE_S, FOUND_KEPT_S = 10.0, 300.0
 # How long an endpoint that did not answer in time is left alone, so that not every turn waits for it.
 SILENT_PAUSE_S = 30.0
-# How long an endpoint beside the chat may take; and the statuses that say that there is none.
+# How long an endpoint beside the chat may take, the status of one that took longer, and those that say there is none.
 ASIDE_S = 5.0
 NOT_IN_TIME = 408
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})

@@ -51,11 +51,6 @@ class VocabularyError(Exception):
     """A vocabulary that could not be fetched; the message is for the person at the terminal."""
 
 
-def is_on_disk(name: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `load` has a file to read, in a few stats; only `load` knows whether it is whole."""
-    return any(map(os.path.isfile, _places(name, environ)))
-
-
 def load(name: str, environ: Mapping[str, str] = os.environ) -> Callable[[str], int] | None:
     """Counts the tokens of any text, special ones as text; None without a whole vocabulary. Takes 0.4 s and 100 MB."""
     lines = next(filter(None, (_lines(name, path) for path in _places(name, environ))), None)

@@ -7,6 +7,7 @@ import itertools
 from functools import partial
 from typing import Any
 
+import msgspec
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,6 @@ from folding import (
     folded,
     laid_out,
     opened,
-    payload_of,
 )
 from request import TRIGGER, RequestLimits, parse_request
 from sealing import Seals
@@ -53,7 +53,11 @@ def with_fold(fold: Fold) -> Json:
 
 
 def sealed(fold: Fold, owner: str = "alice", kind: str = COMPACTION) -> Json:
-    return {"id": "cmp_1", "type": COMPACTION, "encrypted_content": SEALS.seal(kind, owner, "cmp_1", payload_of(fold))}
+    return {
+        "id": "cmp_1",
+        "type": COMPACTION,
+        "encrypted_content": SEALS.seal(kind, owner, "cmp_1", msgspec.json.encode(fold)),
+    }
 
 
 IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from proxy import main
-from vocabulary import SLICE_CHARS, VOCABULARIES, VocabularyError, fetch, is_on_disk, load
+from vocabulary import SLICE_CHARS, VOCABULARIES, VocabularyError, fetch, load
 
 O200K = "o200k_base"
 O200K_FILE = "fb374d419588a4632f3f557e76b4b70aebbca790"
@@ -155,17 +155,17 @@ def test_a_long_text_is_counted_in_slices_without_losing_any(file: Path) -> None
 
 
 def test_what_is_not_there_is_none_and_is_not_downloaded(folder: Path, asked: list[str]) -> None:
-    assert (is_on_disk(O200K), load(O200K), asked, list(folder.iterdir())) == (False, None, [], [])
+    assert (load(O200K), asked, list(folder.iterdir())) == (None, [], [])
 
 
 def test_what_is_there_is_read_and_not_downloaded(file: Path, asked: list[str]) -> None:
-    assert (is_on_disk(O200K), load(O200K) is None, asked) == (True, False, [])
+    assert (load(O200K) is None, asked) == (False, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", CONTENT[:-1], CONTENT + b"\n", b"<html>", b"\xff" * 1000])
 def test_a_file_that_is_not_whole_is_none_and_stays(file: Path, asked: list[str], content: bytes) -> None:
     file.write_bytes(content)
-    assert (is_on_disk(O200K), load(O200K), asked, file.read_bytes()) == (True, None, [], content)
+    assert (load(O200K), asked, file.read_bytes()) == (None, [], content)
 
 
 def test_a_file_that_cannot_be_read_is_none(file: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_read_is_none(file: Path, asked: list[str], monkey
 def test_a_pipe_in_the_place_of_a_file_is_none(folder: Path) -> None:
     """Reading it would wait for ever."""
     os.mkfifo(folder / O200K_FILE)
-    assert (is_on_disk(O200K), load(O200K)) == (False, None)
+    assert load(O200K) is None
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_the_places_are_those_of_tiktoken_and_one_that_lasts(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     environ = {name: value.format(tmp=tmp_path) for name, value in ({"TMPDIR": "{tmp}/temp"} | environ).items()}
-    before = (is_on_disk(O200K, environ), load(O200K, environ) is None)
+    before = load(O200K, environ)
     (tmp_path / kept).mkdir(parents=True)
     (tmp_path / kept / O200K_FILE).write_bytes(CONTENT)
-    assert (*before, is_on_disk(O200K, environ), load(O200K, environ) is None) == (False, True, True, False)
+    assert (before is None, load(O200K, environ) is None) == (True, False)
 
 
 def test_a_damaged_file_in_one_place_does_not_hide_a_whole_one_in_another(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_a_damaged_file_in_one_place_does_not_hide_a_whole_one_in_another(tmp_pa
 
 def test_the_temporary_folder_is_that_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
-    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(str(path)))
-    is_on_disk(O200K)
+    monkeypatch.setattr(Path, "is_file", lambda path: bool(looked.append(str(path))))
+    load(O200K)
     assert looked[-1] == os.path.join(tempfile.gettempdir(), "data-gym-cache", O200K_FILE)
 
 
