@@ -156,15 +156,18 @@ def parse_body(body: bytes, limits: RequestLimits) -> Json:
     return value
 
 
-def parse_request(body: Json, limits: RequestLimits) -> TurnRequest:
-    """The validated request. Raises: InvalidRequest with the path of the first thing that is wrong."""
+def parse_request(body: Json, limits: RequestLimits, *, may_be_empty: bool = False) -> TurnRequest:
+    """The validated request; `may_be_empty`: without anything for the model.
+
+    Raises: InvalidRequest with the path of the first thing that is wrong.
+    """
     if not body.get("model"):
         raise MissingParameter("Missing required parameter: 'model'.", param="model")
     try:
         request = msgspec.convert({**body, "unused": tuple(_unused(body))}, TurnRequest)
     except msgspec.ValidationError as error:
         raise invalid(error) from error
-    for check in CHECKS:
+    for check in CHECKS if may_be_empty else (_check_given, *CHECKS):
         check(request, limits)
     return request
 
@@ -224,12 +227,15 @@ def invalid(error: msgspec.ValidationError, parent: str = "") -> InvalidRequest:
     return InvalidRequest(f"Invalid '{path}': {what}." if path else f"{what}.", param=path or None, code=code)
 
 
-def _check_input(request: TurnRequest, limits: RequestLimits) -> None:
+def _check_given(request: TurnRequest, limits: RequestLimits) -> None:
     if not request.input and not request.previous_response_id and not request.conversation and not request.prompt:
         raise MissingParameter(
             "One of \"input\" or \"previous_response_id\" or 'prompt' or 'conversation_id' must be provided.",
             param="input",
         )
+
+
+def _check_counts(request: TurnRequest, limits: RequestLimits) -> None:
     for name, held, limit in (("input", request.items, limits.items), ("tools", request.tools or (), limits.tools)):
         if len(held) > limit:
             raise InvalidRequest(f"Invalid '{name}': more than {limit} elements.", param=name)
@@ -307,7 +313,7 @@ def _check_ids(request: TurnRequest, limits: RequestLimits) -> None:
 
 
 CHECKS = (
-    _check_input,
+    _check_counts,
     lambda request, limits: check_metadata(request.metadata or {}),
     lambda request, limits: check_format(request.text, "text"),
     _check_stream_options,

@@ -29,11 +29,8 @@ COUNTED_FIELDS = frozenset(
     {"model", "input", "previous_response_id", "conversation", "instructions", "tools", "tool_choice", "text"}
     | {"reasoning", "parallel_tool_calls", "truncation"}
 )
-BEGINNINGS = ("input", "previous_response_id", "conversation")
 # For a count without a model: the first backend's.
 ANY_MODEL = "default"
-# What is counted when there are only instructions and tools, and then taken away.
-NOTHING = {"role": "user", "content": ""}
 WITH_IMAGES = frozenset({"message.input_image.image_url"})
 
 
@@ -56,10 +53,7 @@ class Windows:
     async def input_tokens(self, caller: Caller, raw: bytes) -> Told:
         """POST /v1/responses/input_tokens. Raises: ProxyError."""
         given = {"model": ANY_MODEL, **_given(parse_body(raw, self._limits))}
-        is_empty = not any(given.get(name) for name in BEGINNINGS)
-        request = self._parsed(given | ({"input": [NOTHING]} if is_empty else {}), COUNTED_FIELDS)
-        if is_empty:
-            request = msgspec.structs.replace(request, input=[])
+        request = self._parsed(given, COUNTED_FIELDS, may_be_empty=True)
         past = await self._past(request, caller)
         ready = await self._fitter.renderer.ready(request, past.window, past.left_out)
         chat = ready.rendered.body
@@ -87,9 +81,10 @@ class Windows:
         told = {"id": response_id, "object": "response.compaction", "created_at": int(self._sources.clock())}
         return Told({**told, "output": [*users, item], "usage": made.usage}, request.unused + past.left_out)
 
-    def _parsed(self, body: Json, fields: frozenset[str]) -> TurnRequest:
+    def _parsed(self, body: Json, fields: frozenset[str], *, may_be_empty: bool = False) -> TurnRequest:
         """What a route does not take is named in it. Raises: InvalidRequest."""
-        request = parse_request({name: value for name, value in body.items() if name in fields}, self._limits)
+        taken = {name: value for name, value in body.items() if name in fields}
+        request = parse_request(taken, self._limits, may_be_empty=may_be_empty)
         return msgspec.structs.replace(request, unused=(*request.unused, *sorted(body.keys() - fields)))
 
     async def _past(self, request: TurnRequest, caller: Caller) -> Past:
