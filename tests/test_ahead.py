@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -271,3 +272,16 @@ async def test_without_the_setting_nothing_is_made_ahead(start_app: StartApp, ba
     parent = await turn(app, "plain", LONG)
     assert kinds((await next_turn(app, parent))["output"]) == DOUBLE
     assert (await metrics(app))[DONE] == 0
+
+
+async def test_no_more_than_four_are_made_at_once_and_the_others_are_left_to_their_next_turn(
+    app: App, backend: Talker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    backend.record, goes_on = held()
+    # At once, before anything is learned of the model: else the later ones are compacted in their own path.
+    parents = await asyncio.gather(*(turn(app, "plain", f"FACT {number}: red. {LONG}") for number in range(6)))
+    await until(lambda: caplog.text.count("is left to the next turn") == 2)
+    await until(lambda: len(backend.records) == 4)
+    goes_on.set()
+    assert kinds((await next_turn(app, parents[-1]))["output"]) == DOUBLE

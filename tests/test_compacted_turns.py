@@ -281,6 +281,31 @@ async def test_a_background_trigger_that_fails_is_a_failed_response(app: App, ba
     assert (response["status"], response["output"], response["error"]["code"]) == ("failed", [], "server_error")
 
 
+async def test_a_record_that_takes_too_long_has_failed(start_app: StartApp, backend: Talker) -> None:
+    app = await start_app(compaction={**LOW, "timeout_s": 0.05})
+    parent = await chain(app)
+    backend.record, _ = held()
+    past = {"previous_response_id": parent["id"]}
+    error = await compacted(app, past, 502)
+    assert (error["code"], "took longer than 0.05 s" in error["message"]) == ("compaction_failed", True)
+    assert kinds((await turn(app, "plain", LONG, **past))["output"]) == ["message"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_model_that_writes_later_says_so_to_the_client(app: App, backend: Talker, status: int) -> None:
+    parent = await chain(app)
+    backend.record = lambda body: refused(status, "later")
+    await compacted(app, {"previous_response_id": parent["id"]}, status)
+
+
+async def test_a_refusal_is_passed_on_where_the_answer_alone_would_fill_the_window(app: App, backend: Talker) -> None:
+    parent = await chain(app)
+    backend.answer = lambda body: full(body, "llamacpp")
+    body = {"model": "m", "input": "Hi", "previous_response_id": parent["id"], "max_output_tokens": 1200}
+    assert (await asked(app, "/responses", body, 400))["code"] == "context_length_exceeded"
+    assert backend.records == []
+
+
 # -- clients that leave, and records that take their time --------------------------------------------------------------
 
 SLOW = {"server": {"keepalive_s": 0.05}, "compaction": LOW}
