@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NODE := tests/node/node_modules
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
@@ -24,6 +25,12 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
 
+# Clients that tests run: Codex and the libraries of Node. Without npm these tests are skipped.
+$(NODE)/.package-lock.json: tests/node/package.json tests/node/package-lock.json
+	@if command -v npm >/dev/null; then echo "npm ci --prefix tests/node"; \
+	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo "There is no npm: tests of Codex and of Node clients are skipped."; fi
+
 ifdef UPSTREAM
 run: $(VENV)/run.stamp
 	$(BIN)/python proxy.py --upstream $(UPSTREAM) --host $(HOST) --port $(PORT)
@@ -32,7 +39,7 @@ run: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py --host $(HOST) --port $(PORT)
 endif
 
-test: $(VENV)/test.stamp
+test: $(VENV)/test.stamp $(NODE)/.package-lock.json
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --fail-under=95
 
@@ -49,4 +56,4 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python bench/run.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NODE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -86,9 +86,9 @@ def plain(content: str | None = "Hello there.", finish: str = "stop", **message:
     return Script([json.dumps(body).encode()])
 
 
-def plain_call(name: str, arguments: str, call_id: str = "call_1") -> Script:
+def plain_call(name: str, arguments: str, call_id: str = "call_1", **message: Any) -> Script:
     call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-    return plain(None, "tool_calls", tool_calls=[call])
+    return plain(None, "tool_calls", tool_calls=[call], **message)
 
 
 def refused(status: int, message: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Script:

@@ -18,16 +18,22 @@ from agents import (
 )
 from conftest import App, running_app, settings_of
 from openai import AsyncOpenAI
-from scripted import Backend, Script, call_delta, plain, plain_call, streamed, streamed_calls
+from scripted import Backend, plain, plain_call
+from weather import (
+    ANSWER,
+    CALLS,
+    NEXT_ANSWER,
+    NEXT_QUESTION,
+    PARIS,
+    QUESTION,
+    ROME,
+    assert_whole_history_once,
+    chat,
+    each_way,
+    scripts,
+)
 
 Json = dict[str, Any]
-
-PARIS = '{"city":"Paris"}'
-ROME = '{"city":"Rome"}'
-QUESTION = "What is the weather in Paris?"
-ANSWER = "It is sunny in Paris."
-NEXT_QUESTION = "And in Rome?"
-NEXT_ANSWER = "In Rome, too."
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,53 +57,6 @@ def agent_of(client: AsyncOpenAI, **settings: Any) -> Agent[None]:
 @pytest.fixture
 def agent(client: AsyncOpenAI) -> Agent[None]:
     return agent_of(client)
-
-
-# Two runs, each with one call and its answer.
-CALLS = (plain_call("get_weather", PARIS), plain(ANSWER), plain_call("get_weather", ROME, "call_2"), plain(NEXT_ANSWER))
-STREAMED_CALLS = (
-    streamed_calls(call_delta(0, PARIS, "get_weather", "call_1")),
-    streamed(ANSWER[:5], ANSWER[5:]),
-    streamed_calls(call_delta(0, ROME, "get_weather", "call_2")),
-    streamed(NEXT_ANSWER),
-)
-each_way = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-
-
-def scripts(stream: bool) -> tuple[Script, ...]:
-    return STREAMED_CALLS if stream else CALLS
-
-
-def chat(role: str, content: str) -> Json:
-    return {"role": role, "content": content}
-
-
-def chat_call(arguments: str, call_id: str) -> Json:
-    function = {"name": "get_weather", "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": call_id, "type": "function", "function": function}],
-    }
-
-
-# What a backend has to be told by the end of the second run: everything, and everything once.
-WHOLE_HISTORY = [
-    chat("system", "Be helpful."),
-    chat("user", QUESTION),
-    chat_call(PARIS, "call_1"),
-    {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris"},
-    chat("assistant", ANSWER),
-    chat("user", NEXT_QUESTION),
-    chat_call(ROME, "call_2"),
-    {"role": "tool", "tool_call_id": "call_2", "content": "sunny in Rome"},
-]
-# How much of it each of the four requests holds.
-LENGTHS = [2, 4, 6, 8]
-
-
-def assert_whole_history_once(backend: Backend) -> None:
-    assert [request.body["messages"] for request in backend.requests] == [WHOLE_HISTORY[:n] for n in LENGTHS]
 
 
 async def run(agent: Agent[None], said: str, *, stream: bool, **options: Any) -> Any:
