@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -148,6 +149,52 @@ def test_every_dependency_has_its_reason() -> None:
     ]
     names = {re.split(r"[>=\[;]", each)[0] for each in wanted} - {"responses-proxy"}
     assert [name for name in sorted(names) if f"`{name}`" not in read("CONTRIBUTING.md")] == []
+
+
+# A client in the table of docs/clients.md: what was tried, the language, and the test.
+CLIENT = re.compile(r"^\| \[[^|]* \| ([^|]*) \| (Node|Python) \| [^|]* \| `([^|]*)` \|$", re.MULTILINE)
+PACKAGE = re.compile(r"`([^`]+)` ([\d.]+)")
+
+
+def tried(language: str) -> dict[str, str]:
+    """Package -> the version that docs/clients.md tells."""
+    rows = CLIENT.findall(read("docs/clients.md"))
+    return {name: version for told, spoken, _ in rows if spoken == language for name, version in PACKAGE.findall(told)}
+
+
+def test_the_node_clients_that_were_tried_are_the_pinned_ones() -> None:
+    pinned = json.loads(read("tests/node/package.json"))["dependencies"]
+    assert tried("Node") == {name: version for name, version in pinned.items() if name != "zod"}
+
+
+def test_the_python_clients_that_were_tried_are_the_required_ones() -> None:
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    parts = [re.split(r"(?:\[\w+\])?[>=]=", each) for each in (*extras["clients"], *extras["test"])]
+    required = {
+        name: version for name, version in (each for each in parts if len(each) == 2) if name in tried("Python")
+    }
+    assert {name: version[: len(required[name])] for name, version in tried("Python").items()} == required
+    assert {re.split(r"[\[=]", each)[0] for each in extras["clients"]} <= set(required)
+
+
+def test_every_client_that_was_tried_names_a_test_that_exists() -> None:
+    tests = [test for _, _, test in CLIENT.findall(read("docs/clients.md"))]
+    assert len(tests) >= 7
+    assert [test for test in tests if not (ROOT / test).is_file()] == []
+
+
+def test_an_alias_in_the_documents_is_a_setting(tmp_path: Path) -> None:
+    (snippet,) = re.findall(
+        r"^```toml\n(\[\[upstream\]\]\n.*?)^```$", read("docs/clients.md"), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "config.toml").write_text(snippet)
+    assert "gpt-5.5" in load_settings(tmp_path / "config.toml", {}, {}).upstream[0].aliases
+
+
+def test_the_lock_of_the_node_clients_leaves_the_registry_open() -> None:
+    packages = json.loads(read("tests/node/package-lock.json"))["packages"]
+    assert [name for name, package in packages.items() if name and "integrity" not in package] == []
+    assert [name for name, package in packages.items() if "resolved" in package] == []
 
 
 def test_no_tracked_file_names_a_place_on_this_machine() -> None:

@@ -18,7 +18,7 @@ from agents import (
 )
 from conftest import App, running_app, settings_of
 from openai import AsyncOpenAI
-from scripted import Backend, plain, plain_call
+from scripted import Backend, plain
 from weather import (
     ANSWER,
     CALLS,

@@ -274,7 +274,7 @@ async def test_a_window_that_is_too_full_does_not_end_the_task(start_codex: Star
     assert [f"FACT {n}: red" in told for n in range(4)] == [True] * 4
 
 
-# -- providers ----------------------------------------------------------------------------------------------------------
+# -- providers ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_key_of_the_proxy_is_taken_from_the_environment(start_codex: StartCodex, backend: Talker) -> None:

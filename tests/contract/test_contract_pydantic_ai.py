@@ -11,7 +11,7 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIResponsesModel, OpenAIResponsesModelSettings
 from pydantic_ai.profiles.openai import OpenAIModelProfile
 from pydantic_ai.providers.openai import OpenAIProvider
-from scripted import Backend, plain, plain_call
+from scripted import Backend, plain_call
 from weather import (
     ANSWER,
     NEXT_ANSWER,
