@@ -90,6 +90,12 @@ class Codex:
     def project(self) -> Path:
         return self.client.folder
 
+    def change(self, said: str, instead: str) -> None:
+        """Rewrites a part of the settings, which has to be there."""
+        config = self.config.read_text()
+        assert said in config
+        self.config.write_text(config.replace(said, instead))
+
     async def run(self, *arguments: str) -> list[Json]:
         """The events that Codex wrote in a run that went well."""
         written = await self.client.run(COMMAND, "exec", *FLAGS, *arguments)

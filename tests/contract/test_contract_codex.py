@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -91,7 +92,9 @@ async def start_codex(start_app: StartApp, tmp_path: Path, world: World, transpo
             app = await start_app(**sections)
             lines.append(Line(int(app.url.rpartition(":")[2])))
             port = await stack.enter_async_context(listening(lines[-1].carry))
-            provider = adapted(OWN_PROVIDER, f"http://127.0.0.1:{port}", model).replace(WIRE["http"][0], told)
+            shown = adapted(OWN_PROVIDER, f"http://127.0.0.1:{port}", model)
+            provider, changes = re.subn("supports_websockets = (true|false)", told, shown)
+            assert changes == 1
             return installed(tmp_path, ALONE + before + provider + after, world_port)
 
         yield start
@@ -237,8 +240,7 @@ async def test_the_proxy_writes_the_summary_for_a_provider_of_the_name_openai(
     start_codex: StartCodex, backend: Talker
 ) -> None:
     codex = await start_codex(before=COMPACTS_SOON)
-    config = codex.config
-    config.write_text(config.read_text().replace('name = "responses-proxy"', 'name = "OpenAI"'))
+    codex.change('name = "responses-proxy"', 'name = "OpenAI"')
     backend.answer = in_turn(calling("exec_command", cmd="echo FACT 1: red"), saying("Done."))
     assert said(await codex.run("Find out.")) == "Done."
     assert len(backend.records) == 1
@@ -249,8 +251,11 @@ async def test_the_proxy_writes_the_summary_for_a_provider_of_the_name_openai(
 
 
 async def test_the_model_writes_the_summary_for_any_other_provider(start_codex: StartCodex, backend: Talker) -> None:
-    codex = await start_codex(before=COMPACTS_SOON)
-    backend.answer = in_turn(calling("exec_command", cmd="echo told"), saying("Told once."), saying("Done."))
+    codex = await start_codex()
+    codex.change("model_context_window = 32768", "model_context_window = 6000")
+    backend.answer = in_turn(
+        calling("exec_command", cmd="yes told | head -n 1000"), saying("Told once."), saying("Done.")
+    )
     assert said(await codex.run("Find out.")) == "Done."
     asked, after = (request.body for request in backend.requests[1:])
     assert "tools" not in asked
@@ -280,7 +285,7 @@ async def test_a_window_that_is_too_full_does_not_end_the_task(start_codex: Star
 async def test_a_key_of_the_proxy_is_taken_from_the_environment(start_codex: StartCodex, backend: Talker) -> None:
     digest = hashlib.sha256(b"a key").hexdigest()
     codex = await start_codex(auth={"mode": "keys", "keys": {"somebody": f"sha256:{digest}"}})
-    codex.config.write_text(codex.config.read_text() + 'env_key = "PROXY_KEY"\n')
+    codex.change('wire_api = "responses"', 'wire_api = "responses"\nenv_key = "PROXY_KEY"')
     codex.client.environment["PROXY_KEY"] = "a key"
     backend.answer = saying("Come in.")
     assert said(await codex.run("Hello.")) == "Come in."
