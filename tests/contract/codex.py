@@ -108,7 +108,6 @@ def installed(folder: Path, config: str, world_port: int) -> Codex:
     project.mkdir(parents=True)
     (home / ".codex").mkdir(parents=True)
     (home / ".codex" / "config.toml").write_text(config)
-    (home / ".profile").touch()
     elsewhere = f"http://127.0.0.1:{world_port}"
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), elsewhere)
     own = {"HOME": str(home), "CODEX_HOME": str(home / ".codex")}

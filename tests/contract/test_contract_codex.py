@@ -25,7 +25,7 @@ from snippets import adapted, snippets
 Json = dict[str, Any]
 StartCodex = Callable[..., Awaitable[Codex]]
 __all__ = ["backend"]
-pytestmark = needs_node
+pytestmark = [needs_node, pytest.mark.timeout(120)]
 
 OWN_PROVIDER, BUILT_IN, ALONE = snippets("Codex CLI", "toml")
 # Transport -> what Codex is told, and with what each of its connections begins.
@@ -291,12 +291,22 @@ async def test_a_key_of_the_proxy_is_taken_from_the_environment(start_codex: Sta
     assert said(await codex.run("Hello.")) == "Come in."
 
 
-async def test_the_built_in_provider_speaks_to_the_proxy(
+async def test_the_built_in_provider_speaks_to_the_proxy_and_has_it_compact(
     start_app: StartApp, tmp_path: Path, world: World, backend: Talker
 ) -> None:
     app = await start_app()
     async with listening(world.refuse) as world_port:
-        codex = installed(tmp_path, ALONE + adapted(BUILT_IN, app.url), world_port)
-        backend.answer = in_turn(calling("exec_command", cmd="echo told"), saying("Done."))
+        codex = installed(tmp_path, ALONE + COMPACTS_SOON + adapted(BUILT_IN, app.url), world_port)
+        backend.answer = in_turn(calling("exec_command", cmd="echo FACT 1: red"), saying("Done."))
         assert said(await codex.run("Find out.")) == "Done."
-    assert outputs(backend.requests[1].body)["call_1"].endswith("told\n")
+    assert len(backend.records) == 1
+    assert "FACT 1: red" in json.dumps(backend.turns[-1].body["messages"])
+
+
+async def test_a_setting_of_strict_refuses_codex_and_names_what_it_sent(
+    start_codex: StartCodex, backend: Talker
+) -> None:
+    codex = await start_codex(turns={"strict": True})
+    with pytest.raises(AssertionError, match="Unsupported: client_metadata"):
+        await codex.run("Hello.")
+    assert backend.requests == []

@@ -20,7 +20,7 @@ from weather import (
     thoughtful_scripts,
 )
 
-pytestmark = needs_node
+pytestmark = [needs_node, pytest.mark.timeout(120)]
 
 
 @pytest.fixture

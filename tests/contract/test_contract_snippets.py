@@ -16,6 +16,7 @@ from snippets import adapted, snippets
 from weather import ANSWER, PARIS, Json
 
 __all__ = ["backend"]
+pytestmark = pytest.mark.timeout(120)
 PYTHON = ["Agents SDK", "openai for Python", "LangChain", "Pydantic AI"]
 NODE = ["openai for Node", "AI SDK"]
 
