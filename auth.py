@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,7 @@ KEY_BYTES = 32
 HASH_PREFIX = "sha256:"
 HASH_FORM = re.compile(HASH_PREFIX + "[0-9a-fA-F]{64}")
 OWNER_DIGITS = 32
+NOTHING_TRACED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,16 @@ class AuthSettings:
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks, and the token that goes upstream in its name."""
+    """Who asks, the token that goes upstream in its name, and the headers of the trace that its request is part of."""
 
     owner: str
     bearer: str | None = None
+    trace: Mapping[str, str] = NOTHING_TRACED
+
+    @property
+    def passed(self) -> Mapping[str, str]:
+        """The headers for the backend that the caller speaks to; any other one gets no more than `trace`."""
+        return self.trace if self.bearer is None else {**self.trace, "Authorization": f"Bearer {self.bearer}"}
 
 
 class Owners:

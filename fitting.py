@@ -279,8 +279,8 @@ class _Asking:
         )
         ready = await self._renderer.ready(request, request.items, ())
         is_same = ready.way.upstream is self._prompt.way.upstream
-        bearer = self._prompt.caller.bearer if is_same else None  # a client's key is for the backend it speaks to
-        completion = await ready.way.upstream.complete(ready.rendered.body, bearer)
+        caller = self._prompt.caller
+        completion = await ready.way.upstream.complete(ready.rendered.body, caller.passed if is_same else caller.trace)
         plan = StreamPlan(silent=True, think=ready.way.upstream.settings.think)
         machine = ResponseStream({}, plan, ItemIds("resp_0"), float)
         machine.feed(completion)

@@ -17,6 +17,7 @@ import orjson
 
 from ahead import Ahead
 from auth import Caller
+from chat_stream import ChatStream
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
@@ -34,7 +35,7 @@ from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
 from translation import check_items
-from upstream import ChatStream, Upstreams
+from upstream import Upstreams
 from verbs import FirstUse, ItemIds, NewTurn
 from watching import Watcher
 from weighing import Prompt
@@ -258,12 +259,12 @@ class Turn:
 
     async def _completion(self) -> Json:
         """Asked for once more when the window was too full at first."""
-        way, bearer = self._fit.prompt.way, self._fit.prompt.caller.bearer
+        upstream, passed = self._fit.prompt.way.upstream, self._fit.prompt.caller.passed
         try:
-            return await way.upstream.complete(self._fit.body, bearer)
+            return await upstream.complete(self._fit.body, passed)
         except WindowExceeded as refused:
             await self._change(refused)
-            return await way.upstream.complete(self._fit.body, bearer)
+            return await upstream.complete(self._fit.body, passed)
 
     async def _compact(self, need: Need) -> list[Event]:
         """The events of the compaction item; a turn that fits the backend still goes on without one.
@@ -312,7 +313,7 @@ class Turn:
         if need := await self._fit.look():
             return need
         prompt = self._fit.prompt
-        return await prompt.way.upstream.stream(self._fit.body, prompt.caller.bearer)
+        return await prompt.way.upstream.stream(self._fit.body, prompt.caller.passed)
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of a turn in batches; the last one is terminal, whatever happens."""

@@ -11,9 +11,10 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
 import aiohttp
@@ -23,14 +24,15 @@ from yarl import URL
 
 import dialects
 from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, listed, windows_told
+from chat_stream import ChatStream, StreamLimits
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 from looks import Look
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
-from sse import SSEDecoder
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
+NOTHING_PASSED: Headers = MappingProxyType({})
 log = logging.getLogger("responses_proxy.upstream")
 
 # How long after a look that found nothing the next one is made, and after one that found something.
@@ -41,10 +43,6 @@ SILENT_PAUSE_S = 30.0
 ASIDE_S = 5.0
 NOT_IN_TIME = 408
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
-# How long the end of a body may take after `[DONE]`, so that the connection can be used again.
-DRAIN_S = 0.1
-# Timers are not set closer together than this.
-TIMER_STEP_S = 0.01
 # How long an idle connection is kept: less than the 5 s after which uvicorn and llama.cpp close theirs.
 KEEP_IDLE_S = 4.0
 # A body from this size on goes out in pieces, so that it does not hold up the others.
@@ -83,105 +81,6 @@ class UpstreamSettings:
             raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
 
 
-# -- one answer being streamed -----------------------------------------------------------------------------------------
-
-
-class ChatStream:
-    """The chunks of one streamed answer, a batch for every read of the network that held any.
-
-    `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
-    """
-
-    def __init__(self, answer: aiohttp.ClientResponse, settings: UpstreamSettings) -> None:
-        self.done = False
-        self._answer = answer
-        self._settings = settings
-        self._decoder = SSEDecoder()
-        self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
-        self._total_ends_at = self._heard_at + settings.total_timeout_s
-        self._silence_s = settings.first_byte_timeout_s
-        self._failure: UpstreamError | None = None
-        self._timed_out: str | None = None
-        self._timer = self._next_check()
-
-    async def __aiter__(self) -> AsyncIterator[list[Json]]:
-        try:
-            async for data in self._answer.content.iter_any():
-                if chunks := self._chunks(self._decoder.feed(data)):
-                    self._heard_at, self._silence_s = self._loop.time(), self._settings.idle_timeout_s
-                    yield chunks
-                if self._failure:
-                    raise self._failure
-                if self.done:
-                    await self._drain()
-                    return
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._broken() from error
-        if chunks := self._chunks(self._decoder.flush()):
-            yield chunks
-        if self._failure:
-            raise self._failure
-
-    def _chunks(self, payloads: list[bytes]) -> list[Json]:
-        """What can be used; the failure that ends it is raised after that has been seen."""
-        chunks: list[Json] = []
-        try:
-            for payload in payloads:
-                if payload == b"[DONE]":
-                    self.done = True
-                    break
-                chunks.append(self._chunk(payload))
-        except UpstreamError as error:
-            self._failure = error
-        return chunks
-
-    def _chunk(self, payload: bytes) -> Json:
-        try:
-            chunk = orjson.loads(payload)
-        except orjson.JSONDecodeError as error:
-            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not JSON.") from error
-        if not isinstance(chunk, dict):
-            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not a JSON object.")
-        raise_if_error(chunk, self._settings.name)
-        return chunk
-
-    def _ends_at(self) -> float:
-        return min(self._total_ends_at, self._heard_at + self._silence_s)
-
-    def _next_check(self) -> asyncio.TimerHandle:
-        """Not later than `idle_timeout_s`, which may have begun to count by then."""
-        now = self._loop.time()
-        next_at = min(self._ends_at(), now + self._settings.idle_timeout_s)
-        return self._loop.call_at(max(next_at, now + TIMER_STEP_S), self._check_silence)
-
-    def _check_silence(self) -> None:
-        """Closes an answer that is silent or runs on for too long; comments do not count as an answer."""
-        now = self._loop.time()
-        if now < self._ends_at():
-            self._timer = self._next_check()
-            return
-        total = f"ran for {self._settings.total_timeout_s:g} s"
-        self._timed_out = total if now >= self._total_ends_at else f"sent nothing for {self._silence_s:g} s"
-        self._answer.close()
-
-    def _broken(self) -> UpstreamError:
-        if self._timed_out:
-            return UpstreamTimeout(f"Upstream '{self._settings.name}' {self._timed_out} in the middle of its answer.")
-        return UpstreamBroken(f"Upstream '{self._settings.name}' closed its stream before the answer was finished.")
-
-    async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
-            async with asyncio.timeout(DRAIN_S):
-                while not self._answer.content.at_eof():
-                    await self._answer.content.readany()
-
-    def close(self) -> None:
-        """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
-        self._timer.cancel()
-        self._answer.close()
-
-
 # -- one backend -------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +94,9 @@ class Upstream:
         self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
         self._headers = self._make_headers()
+        self._stream_limits = StreamLimits(
+            settings.name, settings.first_byte_timeout_s, settings.idle_timeout_s, settings.total_timeout_s
+        )
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
@@ -211,11 +113,11 @@ class Upstream:
             headers.setdefault("Authorization", f"Bearer {key}")
         return headers
 
-    def _headers_for(self, bearer: str | None) -> CIMultiDict[str]:
-        if bearer is None:
+    def _headers_for(self, passed: Headers) -> CIMultiDict[str]:
+        if not passed:
             return self._headers
         headers = self._headers.copy()
-        headers["Authorization"] = f"Bearer {bearer}"
+        headers.update(passed)
         return headers
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -285,7 +187,7 @@ class Upstream:
         """Remembers the window that an overflow told, until the backend itself tells another one than before."""
         self._told_windows.remember(model, tokens)
 
-    async def count_tokens(self, body: Json, bearer: str | None = None) -> int | None:
+    async def count_tokens(self, body: Json, passed: Headers = NOTHING_PASSED) -> int | None:
         """What the backend would report as `usage.prompt_tokens` for this chat request; None where it cannot tell."""
         now = asyncio.get_running_loop().time()
         if self.settings.tokenizer == "off" or now < self._count_again_at:
@@ -293,19 +195,21 @@ class Upstream:
         tokenizer = TOKENIZERS.get((await self.dialect()).tokenizer)
         if tokenizer is None:
             return None
-        status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), bearer)
+        status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), passed)
         if status in NO_SUCH_ENDPOINT:
             self._count_again_at = now + FOUND_KEPT_S
         elif status == NOT_IN_TIME:
             self._count_again_at = now + SILENT_PAUSE_S
         return tokenizer.read(answer)
 
-    async def _ask_aside(self, path: str, body: Json | None = None, bearer: str | None = None) -> tuple[int, Any]:
+    async def _ask_aside(
+        self, path: str, body: Json | None = None, passed: Headers = NOTHING_PASSED
+    ) -> tuple[int, Any]:
         """The status of an endpoint beside the chat, 0 without an answer, and its JSON when that is 200."""
         method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
         try:
             async with asyncio.timeout(ASIDE_S):
-                answer = await self._request(method, self._root + path, data, self._headers_for(bearer))
+                answer = await self._request(method, self._root + path, data, self._headers_for(passed))
                 if answer.status == 200:
                     return 200, orjson.loads(await answer.read())
         except TimeoutError:
@@ -317,9 +221,9 @@ class Upstream:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def complete(self, body: Json, bearer: str | None = None) -> Json:
-        """The whole answer as one chat completion; `bearer` replaces the settings' key. Raises: UpstreamError."""
-        _, completion = await self._read_json(self._post(body, bearer), self.settings.total_timeout_s)
+    async def complete(self, body: Json, passed: Headers = NOTHING_PASSED) -> Json:
+        """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
+        _, completion = await self._read_json(self._post(body, passed), self.settings.total_timeout_s)
         return self._checked(completion)
 
     async def _read_json(
@@ -346,18 +250,18 @@ class Upstream:
             raise UpstreamGarbled(f"Upstream '{self.settings.name}' answered without a choice.")
         return completion
 
-    async def stream(self, body: Json, bearer: str | None = None) -> ChatStream:
+    async def stream(self, body: Json, passed: Headers = NOTHING_PASSED) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                answer = await self._post(body, bearer)
+                answer = await self._post(body, passed)
         except TimeoutError as error:
             raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
-        return ChatStream(answer, self.settings)
+        return ChatStream(answer, self._stream_limits)
 
-    async def _post(self, body: Json, bearer: str | None) -> aiohttp.ClientResponse:
+    async def _post(self, body: Json, passed: Headers) -> aiohttp.ClientResponse:
         attempt = 0
-        headers = self._headers_for(bearer)
+        headers = self._headers_for(passed)
         tried: list[Mend] = []
         for known in self._mends:
             body = known(body)

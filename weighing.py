@@ -86,7 +86,7 @@ class Weigher:
         estimate = self.estimated(prompt)
         if estimate < near * (ASK_FROM if self._counter.knows(prompt.way.name) else ASK_UNKNOWN_FROM):
             return estimate
-        exact = await prompt.way.upstream.count_tokens(body, prompt.caller.bearer)
+        exact = await prompt.way.upstream.count_tokens(body, prompt.caller.passed)
         return estimate if exact is None else float(exact)
 
     def learn(self, prompt: Prompt, tokens: float) -> None:

@@ -31,9 +31,10 @@ from scripted import (
 from test_proxy import Blocks, error_of, events_in
 
 from counting import Counter
+from edge import Edge, Outermost
 from leases import Leases
 from metrics import Metrics
-from proxy import Edge, Outermost, make_seals, make_services, opened_store
+from services import make_seals, make_services, opened_store
 from sources import Ids, Sources
 from turns import Means
 from upstream import Upstreams

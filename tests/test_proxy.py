@@ -20,9 +20,11 @@ from controlled import controlled
 from event_grammar import check, parse
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, sse, streamed
 
+from answers import read_body
 from background import Background
 from errors import StoreError
-from proxy import Application, read_body, told_to_stop
+from proxy import Application
+from services import told_to_stop
 from settings import Settings, load_settings
 from sources import Ids
 from stored import STORED_ROUTES
@@ -849,7 +851,7 @@ FAULT = RuntimeError("a fault")
 async def test_a_purge_that_fails_is_logged_and_made_again(
     start_app: StartApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Any, logged: Any
 ) -> None:
-    monkeypatch.setattr("proxy.PURGE_EVERY_S", 0.001)
+    monkeypatch.setattr("services.PURGE_EVERY_S", 0.001)
     purging = controlled("purge", monkeypatch)
     purging.failure = failure
     await start_app()
@@ -859,7 +861,7 @@ async def test_a_purge_that_fails_is_logged_and_made_again(
     seen = [
         (record.levelname, record.getMessage(), record.exc_info and record.exc_info[1])
         for record in caplog.records
-        if record.name == "responses_proxy"
+        if record.name == "responses_proxy.services"
     ]
     assert (len(seen) >= 2, [each for each in seen if each != logged]) == (True, [])
 

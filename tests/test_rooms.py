@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "leases": (1, 150, set()),
     "frames": (1, 100, {"orjson"}),
     "metrics": (1, 100, {"prometheus_client"}),
+    "logs": (1, 100, set()),
     "run_tables": (1, 100, set()),
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
@@ -52,6 +53,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "lists": (2, 150, {"orjson"}),
     "calls": (2, 250, {"orjson"}),
     "items": (2, 450, {"msgspec", "pypdf"}),
+    "chat_stream": (2, 200, {"aiohttp", "orjson"}),
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
@@ -73,9 +75,12 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "stored": (7, 400, {"msgspec", "orjson"}),
     "windows": (7, 150, {"msgspec"}),
     "settings": (7, 250, {"msgspec"}),
-    "proxy": (8, 800, {"msgspec", "orjson", "starlette", "uvicorn"}),
+    "services": (8, 300, set()),
+    "edge": (8, 450, {"msgspec", "orjson", "starlette"}),
+    "commands": (8, 200, set()),
+    "proxy": (9, 300, {"uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"proxy", "turns", "background", "items", "lanes"}
+ROOMS_WITH_BROAD_EXCEPT = {"edge", "services", "turns", "background", "items", "lanes"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -205,9 +210,9 @@ def test_only_one_room_knows_each_side_of_http() -> None:
         for package in ("starlette", "uvicorn", "aiohttp", "socket", "http")
     }
     assert users == {
-        "starlette": {"proxy"},
+        "starlette": {"edge"},
         "uvicorn": {"proxy"},
-        "aiohttp": {"upstream"},
+        "aiohttp": {"chat_stream", "upstream"},
         "socket": set(),
         "http": set(),
     }

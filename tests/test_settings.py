@@ -10,7 +10,8 @@ import pytest
 from conftest import settings_of
 from scripted import Backend
 
-from proxy import check, main, parse_args, settings_of_args
+from commands import check
+from proxy import main, parse_args, settings_of_args
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 
 URL = "http://backend:8000/v1"

@@ -21,6 +21,7 @@ from scripted import DEADLINE_S, DONE, Backend, Script, chunk, plain, sse, strea
 from wire_reader import transcript
 from yarl import URL
 
+from chat_stream import ChatStream
 from errors import (
     UpstreamBroken,
     UpstreamError,
@@ -30,7 +31,7 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from upstream import ChatStream, Upstream, Upstreams, UpstreamSettings, settings_for
+from upstream import Upstream, Upstreams, UpstreamSettings, settings_for
 
 Json = dict[str, Any]
 Connect = Callable[..., Upstream]
@@ -933,7 +934,7 @@ async def test_vllm_is_asked_at_its_tokenizer(connect: Connect) -> None:
 async def test_a_tokenizer_is_asked_with_the_clients_key(connect: Connect) -> None:
     with Answers() as http:
         http.post(TOKENIZE, payload={"count": 4})
-        await connect(dialect="vllm", api_key="ours").count_tokens(BODY, "theirs")
+        await connect(dialect="vllm", api_key="ours").count_tokens(BODY, {"Authorization": "Bearer theirs"})
         (call,) = http.requests[("POST", URL(TOKENIZE))]
         assert call.kwargs["headers"]["Authorization"] == "Bearer theirs"
 

@@ -1,0 +1,213 @@
+"""What the handlers work with: opened in order, kept up, and closed in the other order.
+
+May not know routes or the HTTP framework.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from auth import Owners
+from background import Background
+from counting import Counter, by_vocabulary
+from errors import StoreError
+from keys import KeyFile, load_keys
+from leases import Leases
+from metrics import Metrics
+from once import Once
+from run_verbs import RunStore
+from sealing import Seals
+from settings import Settings, SettingsError
+from sources import Ids, Sources
+from store import StoreSettings, open_store
+from stored import Stored
+from turns import Means, Turns
+from upstream import Upstreams
+from verbs import Purged, Store
+from vocabulary import load
+from watching import Watcher
+from windows import Windows
+
+log = logging.getLogger("responses_proxy.services")
+
+IN_MEMORY = ":memory:"
+PURGE_EVERY_S = 3600.0
+KEEP_LEARNED_EVERY_S = 10.0
+KEPT_UP_AFTER_S = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the handlers work with."""
+
+    turns: Turns
+    background: Background
+    stored: Stored
+    windows: Windows
+    once: Once
+    owners: Owners
+    metrics: Metrics
+    sources: Sources
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Services]:
+    """Raises: SettingsError."""
+    if not settings.upstream:
+        raise SettingsError(
+            "no upstream: give --upstream URL, [[upstream]] in the settings file or RESPONSES_PROXY_UPSTREAM__BASE_URL"
+        )
+    async with contextlib.AsyncExitStack() as stack:
+        store = await opened_store(settings, stack)
+        upstreams = Upstreams(settings.upstream)
+        stack.push_async_callback(upstreams.close)
+        sources = Sources(time.time, Ids(time.time))
+        leases = Leases(store, sources)
+        stack.push_async_callback(leases.close)
+        watcher = Watcher(store)
+        counter = await make_counter(settings.compaction.vocabulary)
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
+        services = await make_services(settings, store, means)
+        stack.push_async_callback(services.turns.ahead.close)
+        background = services.background
+        purging = purge_again_and_again(store, settings.store, sources)
+        means.counter.remember(await store.learned())
+        learning = keep_learned_again_and_again(store, means.counter)
+        for work in (upstreams.look(), purging, kept_up(watcher.run), background.run(), learning):
+            stack.push_async_callback(ended, asyncio.create_task(work))
+        stack.push_async_callback(background.stop)
+        stack.enter_context(told_to_stop(background))
+        yield services
+
+
+async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
+    """Raises: SettingsError."""
+    try:
+        store = await open_store(settings.store)
+    except StoreError as error:
+        raise SettingsError(f"store.path: {error.message}") from error
+    stack.push_async_callback(store.close)
+    return store
+
+
+async def make_counter(name: str) -> Counter:
+    """Counts by the vocabulary where it is on disk, else by bytes."""
+    tokens_in = None if name == "off" else await asyncio.to_thread(load, name)
+    return Counter(by_vocabulary(tokens_in), name) if tokens_in else Counter()
+
+
+def make_seals(settings: Settings) -> Seals:
+    """Raises: SettingsError."""
+    given, key_file = settings.sealing.keys, key_file_of(settings)
+    try:
+        keys = load_keys(given, key_file)
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error
+    return Seals(keys) if given or key_file is None else Seals(keys, KeyFile(key_file).changed)
+
+
+def key_file_of(settings: Settings) -> Path | None:
+    """Beside the store, where that is a file."""
+    path = settings.store.path
+    return None if path == IN_MEMORY else Path(f"{path}.key")
+
+
+async def make_services(settings: Settings, store: RunStore, means: Means) -> Services:
+    """Raises: SettingsError."""
+    try:
+        owners = Owners(settings.auth, await store.secret("owner"))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    turns = Turns(means, settings.turns, settings.reasoning, settings.compaction)
+    background = Background(store, turns, means, settings.background)
+    stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
+    windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
+    return Services(turns, background, stored, windows, Once(means.leases), owners, means.metrics, means.sources)
+
+
+@contextlib.contextmanager
+def told_to_stop(background: Background) -> Iterator[None]:
+    """Runs are given back at the first signal to stop, while the server waits for the answers that it gives still."""
+    loop = asyncio.get_running_loop()
+    before: dict[int, Any] = {}
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # a loop that is closed by now
+            loop.call_soon_threadsafe(background.begin_to_stop)
+        before[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: found for number in STOP_SIGNALS if callable(found := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, tell)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is tell:  # else somebody has put theirs before it, and will call it
+                signal.signal(number, handler)
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """Cancels a task of the application and waits for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def kept_up(work: Callable[[], Awaitable[None]]) -> None:
+    """Work that others wait for: a fault in it does not end it."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("begun again after a fault of this program")
+        await asyncio.sleep(KEPT_UP_AFTER_S)
+
+
+async def purge_again_and_again(store: Store, settings: StoreSettings, sources: Sources) -> None:
+    """One purge that fails does not end retention."""
+    while True:
+        try:
+            await purge(store, settings, sources.clock())
+        except StoreError as error:
+            log.warning("could not purge: %s", error.message)
+        except Exception:
+            log.exception("could not purge")
+        await asyncio.sleep(PURGE_EVERY_S)
+
+
+async def keep_learned_again_and_again(store: Store, counter: Counter) -> None:
+    """What was learned about models survives a restart."""
+    while True:
+        try:
+            await asyncio.sleep(KEEP_LEARNED_EVERY_S)
+        finally:
+            await keep_learned(store, counter)
+
+
+async def keep_learned(store: Store, counter: Counter) -> None:
+    if facts := counter.changed():
+        try:
+            await store.keep_learned(facts)
+        except StoreError as error:
+            log.warning("what was learned of models could not be kept: %s", error.message)
+
+
+async def purge(store: Store, settings: StoreSettings, now: float) -> Purged:
+    """Forgets what is older than `retention_days`; 0 keeps everything. Raises: StoreError."""
+    before_at = now - settings.retention_days * 86_400 if settings.retention_days else 0.0
+    purged = await store.purge(before_at, now)
+    if purged.responses:
+        log.info("purged %d responses, gave back %d bytes", purged.responses, purged.freed_bytes)
+    return purged
