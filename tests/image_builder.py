@@ -20,6 +20,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 # First parts of the absolute paths that the image has of its own; any other path is one of the system.
@@ -203,6 +204,16 @@ def link_distribution(name: str, packages: Path) -> None:
 
 
 # -- a root that nobody can write --------------------------------------------------------------------------------------
+
+
+def without_rights() -> list[str]:
+    """What to begin a command with: root would write what is read-only, but not as compose.yaml lets it run."""
+    if os.geteuid():
+        return []
+    found = shutil.which("setpriv")
+    if not found:
+        pytest.skip("root writes what is read-only, and there is no setpriv to give that up")
+    return [found, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
 
 
 def make_read_only(root: Path, but: Path) -> None:

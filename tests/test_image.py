@@ -1,9 +1,7 @@
-"""The Dockerfile, carried out in a directory: it installs the program, which serves from a root that it cannot write."""
+"""The Dockerfile, carried out in a directory: the program is installed, and serves from a root that it cannot write."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from conftest import ROOT
-from image_builder import Builder, Image, context, make_read_only, make_writable
+from image_builder import Builder, Image, context, make_read_only, make_writable, without_rights
 from scripted import DEADLINE_S, Backend, plain
 
 HI = {"model": "m", "input": "Hi"}
@@ -28,17 +26,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     make_read_only(built.root, built.path("/data"))
     yield built
     make_writable(built.root)
-
-
-@pytest.fixture
-def without_rights() -> list[str]:
-    """What a container runs without, as compose.yaml has it; root would write what is read-only."""
-    if os.geteuid():
-        return []
-    found = shutil.which("setpriv")
-    if not found:
-        pytest.skip("root writes what is read-only, and there is no setpriv to give that up")
-    return [found, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
 
 
 @pytest.fixture
@@ -62,9 +49,9 @@ def run(image: Image, words: list[str], environ: dict[str, str]) -> subprocess.C
 
 
 @contextmanager
-def running(image: Image, environ: dict[str, str], before: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(image: Image, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The command of the image, until its own healthcheck says that it is healthy, and then until SIGTERM."""
-    command = [*before, *image.command(image.entrypoint)]
+    command = [*without_rights(), *image.command(image.entrypoint)]
     with subprocess.Popen(command, env=environ, cwd=image.path(image.workdir)) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S
@@ -89,25 +76,25 @@ def written(image: Image) -> dict[Path, float]:
 
 
 async def test_the_image_serves_from_a_root_that_it_cannot_write(
-    image: Image, environ: dict[str, str], without_rights: list[str], backend: Backend
+    image: Image, environ: dict[str, str], backend: Backend
 ) -> None:
     environ["RESPONSES_PROXY_UPSTREAM__BASE_URL"] = backend.url
     backend.script(plain("Hello."))
     before = written(image)
-    with running(image, environ, without_rights) as process:
+    with running(image, environ) as process:
         async with aiohttp.ClientSession() as http, http.post(f"{address(environ)}/v1/responses", json=HI) as answer:
             made = await answer.json()
         assert (answer.status, made["status"]) == (200, "completed")
     assert process.returncode == 0
-    with running(image, environ, without_rights):
+    with running(image, environ):
         async with aiohttp.ClientSession() as http, http.get(f"{address(environ)}/v1/responses/{made['id']}") as again:
             assert (again.status, (await again.json())["output"]) == (200, made["output"])
     assert written(image) == before
     assert {path.name for path in image.path("/data").iterdir()} >= {"responses.db", "responses.db.key"}
 
 
-def test_the_root_is_read_only_for_what_runs_in_it(image: Image, without_rights: list[str]) -> None:
-    touch = [*without_rights, "/bin/sh", "-c", f"echo > {image.root}/opt/venv/new"]
+def test_the_root_is_read_only_for_what_runs_in_it(image: Image) -> None:
+    touch = [*without_rights(), "/bin/sh", "-c", f"echo > {image.root}/opt/venv/new"]
     assert subprocess.run(touch, capture_output=True).returncode != 0
 
 
@@ -115,10 +102,8 @@ def test_the_healthcheck_fails_without_a_server(image: Image, environ: dict[str,
     assert run(image, image.healthcheck, environ).returncode == 1
 
 
-def test_the_healthcheck_goes_past_the_proxy_of_the_environment(
-    image: Image, environ: dict[str, str], without_rights: list[str]
-) -> None:
-    with running(image, environ, without_rights):
+def test_the_healthcheck_goes_past_the_proxy_of_the_environment(image: Image, environ: dict[str, str]) -> None:
+    with running(image, environ):
         elsewhere = environ | {"http_proxy": "http://127.0.0.1:9"}
         assert run(image, image.healthcheck, elsewhere).returncode == 0
 
