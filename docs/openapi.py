@@ -72,6 +72,7 @@ NAME: Json = {"type": "string", "minLength": 1}
 OBJECT: Json = {"type": "object"}
 LIST: Json = {"type": "array"}
 NULL: Json = {"type": "null"}
+EMPTY: Json = {"enum": [None, ""]}
 BOOLEAN: Json = {"type": "boolean"}
 COUNT: Json = {"type": "integer", "minimum": 0}
 AT: Json = {"type": "integer", "description": "Unix seconds"}
@@ -170,8 +171,8 @@ HEADERS: dict[str, Json] = {
 }
 REQUEST_HEADERS: dict[str, Json] = {
     "idempotency-key": {
-        "description": "A request that is sent twice with the same key and body is carried out once.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": KEY_CHARACTERS},
+        "description": f"Of 1 to {KEY_CHARACTERS} characters: a request that is sent twice is carried out once.",
+        "schema": TEXT,
     },
 }
 
@@ -185,14 +186,16 @@ PART_FIELDS: dict[str, Json] = {
         ("input_image", "computer_screenshot"),
         object_of(
             {"image_url": {"type": "string", "pattern": "^(https?://|data:)"}},
-            {"detail": nullable(enum("low", "high", "auto", "original")), "file_id": NULL},
+            {"detail": nullable(enum("", "low", "high", "auto", "original")), "file_id": EMPTY},
         ),
     ),
-    "input_file": object_of({"file_data": TEXT}, {"filename": nullable(TEXT), "file_id": NULL, "file_url": NULL}),
+    "input_file": object_of({"file_data": TEXT}, {"filename": nullable(TEXT), "file_id": EMPTY, "file_url": EMPTY}),
     "input_audio": object_of({"input_audio": OBJECT}),
 }
 CONTENT: Json = {"anyOf": [TEXT, array(ref("Part"))]}
 CALLED: Json = {"call_id": NAME}
+# Of either id, which are one for this type.
+TIED: Json = {"anyOf": [object_of({key: NAME}) for key in ("call_id", "id")]}
 OUTPUT = object_of({**CALLED, "output": CONTENT})
 # Item type -> what it has to hold besides; one without a row has to hold nothing.
 ITEM_FIELDS: dict[str, Json] = {
@@ -202,11 +205,14 @@ ITEM_FIELDS: dict[str, Json] = {
     "custom_tool_call": object_of({**CALLED, "name": NAME, "input": TEXT}, {"namespace": nullable(TEXT)}),
     "custom_tool_call_output": OUTPUT,
     "apply_patch_call": object_of(CALLED),
-    "apply_patch_call_output": object_of(CALLED),
+    "apply_patch_call_output": object_of(CALLED, {"output": nullable(TEXT), "status": nullable(TEXT)}),
     "shell_call": object_of(CALLED),
     "shell_call_output": object_of({**CALLED, "output": {"anyOf": [TEXT, LIST]}}),
-    "local_shell_call_output": object_of({"output": TEXT}),
+    "local_shell_call": object_of({}) | TIED,
+    "local_shell_call_output": object_of({"output": TEXT}) | TIED,
     "compaction": object_of({"encrypted_content": TEXT}),
+    "additional_tools": object_of({"tools": array(ref("Tool"))}),
+    "tool_search_output": object_of({"tools": array(ref("Tool"))}),
     "mcp_call": object_of({"id": NAME, "name": NAME}),
     "configuration_update": object_of({}, {"reasoning": nullable(ref("Reasoning")), "text": nullable(ref("Text"))}),
 }
@@ -223,6 +229,7 @@ TOOL_FIELDS: dict[str, Json] = {
 }
 CUSTOM_FORMAT: Json = {
     "anyOf": [
+        {"type": "object", "maxProperties": 0},
         object_of({"type": {"const": "text"}}),
         object_of({"type": {"const": "grammar"}, "syntax": NAME, "definition": NAME}),
     ]
@@ -238,6 +245,7 @@ METADATA: Json = {
     "propertyNames": {"maxLength": 64},
     "additionalProperties": {"type": "string", "maxLength": 512},
 }
+RESPONSE_ID: Json = {"type": "string", "pattern": f"^{ID_PREFIXES['previous_response_id']}"}
 CONVERSATION_ID: Json = {"type": "string", "pattern": f"^{ID_PREFIXES['conversation']}"}
 # Parameter -> its schema, where its type in the code tells less than is checked.
 CHECKED: dict[str, Json] = {
@@ -245,11 +253,23 @@ CHECKED: dict[str, Json] = {
     "input": {"anyOf": [TEXT, array(ref("InputItem")), NULL]},
     "tools": nullable(array(ref("Tool"))),
     "tool_choice": {"anyOf": [enum(*MODES), ref("ToolChoice"), NULL]},
-    "previous_response_id": nullable({"type": "string", "pattern": f"^({ID_PREFIXES['previous_response_id']}|$)"}),
+    "previous_response_id": nullable(RESPONSE_ID),
     "conversation": {"anyOf": [CONVERSATION_ID, object_of({"id": CONVERSATION_ID}), NULL]},
     "metadata": nullable(METADATA),
     "prompt": NULL,
 }
+
+
+# One of these has to be given.
+GIVEN: dict[str, Json] = {
+    "input": {"anyOf": [NAME, array(ref("InputItem"), minItems=1)]},
+    "previous_response_id": RESPONSE_ID,
+    "conversation": {"anyOf": [CONVERSATION_ID, object_of({"id": CONVERSATION_ID})]},
+}
+
+
+def given(*names: str) -> list[Json]:
+    return [object_of({name: GIVEN[name]}) for name in names]
 
 
 def by_type(types: Mapping[str, Any], fields: Mapping[str, Json]) -> list[Json]:
@@ -287,10 +307,11 @@ def request_schemas() -> dict[str, Json]:
     _, found = msgspec.json.schema_components(structs, ref_template=SCHEMAS + "{name}")
     schemas = {name: {key: value for key, value in each.items() if key != "title"} for name, each in found.items()}
     turn = schemas.pop("TurnRequest")
-    given = {name: schema for name, schema in turn["properties"].items() if name in REQUEST_FIELDS}
-    fields = {name: _described(name, CHECKED.get(name, schema)) for name, schema in given.items()}
-    schemas["CreateResponse"] = object_of({"model": fields["model"]}, fields)
-    schemas["Compact"] = object_of({"model": NAME}, {name: fields[name] for name in sorted(COMPACT_FIELDS)})
+    known = {name: schema for name, schema in turn["properties"].items() if name in REQUEST_FIELDS}
+    fields = {name: _described(name, CHECKED.get(name, schema)) for name, schema in known.items()}
+    schemas["CreateResponse"] = object_of({"model": NAME}, fields) | {"anyOf": given(*GIVEN)}
+    compacted = {name: fields[name] for name in sorted(COMPACT_FIELDS)}
+    schemas["Compact"] = object_of({"model": NAME}, compacted) | {"anyOf": given(*sorted(COMPACT_FIELDS & GIVEN.keys()))}
     schemas["CountInputTokens"] = object_of({}, {name: fields[name] for name in sorted(COUNTED_FIELDS)})
     schemas["CountInputTokens"]["properties"]["model"] = nullable(NAME)
     for name in ("NewConversation", "ChangedConversation", "AddedItems"):
@@ -431,7 +452,7 @@ def parameters(path: str, operation: Operation) -> Iterator[Json]:
         form = msgspec.json.schema(operation.query)
         (fields,) = form["$defs"].values()
         for name, schema in fields["properties"].items():
-            yield {"name": name, "in": "query", "schema": _not_null(schema)}
+            yield {"name": name, "in": "query", "schema": schema}
     for name in operation.request_headers:
         yield {"name": name, "in": "header", **REQUEST_HEADERS[name]}
 
