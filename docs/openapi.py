@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from errors import ProxyError, UpstreamRefused  # noqa: E402 - the rooms stand one folder up
 from fields import REQUEST_FIELDS  # noqa: E402
 from items import ITEMS, PARTS, ROLES  # noqa: E402
-from metrics import CONTENT_TYPE  # noqa: E402
 from once import KEY_CHARACTERS  # noqa: E402
 from records import ID_PREFIX  # noqa: E402
 from request import ID_PREFIXES, TurnRequest  # noqa: E402
@@ -36,7 +35,7 @@ from stored import (  # noqa: E402
     ResponsesQuery,
     RetrieveQuery,
 )
-from tools import HOSTED_TOOLS, MODES, TOOL_CHOICES, TOOLS  # noqa: E402
+from tools import MODES, TOOL_CHOICES, TOOLS  # noqa: E402
 from turns import begin  # noqa: E402
 from windows import COMPACT_FIELDS, COUNTED_FIELDS  # noqa: E402
 
@@ -133,7 +132,7 @@ ROUTES: dict[tuple[str, str], Operation] = {
     ("DELETE", "/conversations/{id}/items/{item}"): Operation("deleteItem", "Conversation", (404, 503)),
     ("POST", "/responses/compact"): Operation("compact", "Compaction", TURN, body="Compact", headers=(IGNORED,)),
     ("POST", "/responses/input_tokens"): Operation(
-        "countInputTokens", "InputTokens", TURN, body="CountInputTokens", headers=(IGNORED,), is_body_required=False
+        "countInputTokens", "InputTokens", TURN, body="CountInputTokens", headers=(IGNORED,)
     ),
 }
 # Routes without the prefix, which need no key.
@@ -311,7 +310,9 @@ def request_schemas() -> dict[str, Json]:
     fields = {name: _described(name, CHECKED.get(name, schema)) for name, schema in known.items()}
     schemas["CreateResponse"] = object_of({"model": NAME}, fields) | {"anyOf": given(*GIVEN)}
     compacted = {name: fields[name] for name in sorted(COMPACT_FIELDS)}
-    schemas["Compact"] = object_of({"model": NAME}, compacted) | {"anyOf": given(*sorted(COMPACT_FIELDS & GIVEN.keys()))}
+    schemas["Compact"] = object_of({"model": NAME}, compacted) | {
+        "anyOf": given(*sorted(COMPACT_FIELDS & GIVEN.keys()))
+    }
     schemas["CountInputTokens"] = object_of({}, {name: fields[name] for name in sorted(COUNTED_FIELDS)})
     schemas["CountInputTokens"]["properties"]["model"] = nullable(NAME)
     for name in ("NewConversation", "ChangedConversation", "AddedItems"):

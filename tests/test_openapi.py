@@ -30,7 +30,9 @@ from request import CODE_OF
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "docs" / "openapi.json").read_text())
 BARE = {"/healthz", "/metrics"}
-OPERATIONS = [f"{method.upper()} {path}" for path, place in DOCUMENT["paths"].items() for method in place if method != "servers"]
+OPERATIONS = [
+    f"{method.upper()} {path}" for path, place in DOCUMENT["paths"].items() for method in place if method != "servers"
+]
 CASES = int(os.environ.get("OPENAPI_CASES", "0"))
 # How many cases a route is tried with that schemathesis thinks of, and how many that it draws, of each mode.
 THOUGHT_OF, DRAWN = CASES or 150, CASES or 25
@@ -121,7 +123,9 @@ def thought_of(operation: Any) -> Iterator[Case]:
     """Cases at the bounds of the schemas, spread evenly over all there are."""
     schema = operation.schema
     generation = schema.config.generation_for(operation=operation)
-    cases = list(schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=generation))
+    cases = list(
+        schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=generation)
+    )
     return iter(cases[:: max(1, len(cases) // THOUGHT_OF)])
 
 
