@@ -215,8 +215,8 @@ ITEM_FIELDS: dict[str, Json] = {
     "mcp_call": object_of({"id": NAME, "name": NAME}),
     "configuration_update": object_of({}, {"reasoning": nullable(ref("Reasoning")), "text": nullable(ref("Text"))}),
 }
-MESSAGE = object_of({"role": enum(*ROLES), "content": CONTENT}, {"type": {"const": "message"}})
-REFERENCE = object_of({"id": NAME}, {"type": {"const": "item_reference"}}) | {"additionalProperties": False}
+MESSAGE = object_of({"role": enum(*ROLES), "content": CONTENT}, {"type": {"enum": ["message", None]}})
+REFERENCE = object_of({"id": NAME}, {"type": {"enum": ["item_reference", None]}}) | {"additionalProperties": False}
 # Tool type -> what it has to hold besides.
 TOOL_FIELDS: dict[str, Json] = {
     "function": object_of(
