@@ -46,9 +46,11 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/matrix.py --check
+	$(BIN)/python docs/openapi.py --check
 
 docs: $(VENV)/test.stamp
 	$(BIN)/python docs/matrix.py
+	$(BIN)/python docs/openapi.py
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/run.py

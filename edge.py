@@ -18,7 +18,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from answers import (
@@ -270,7 +270,8 @@ class Outermost:
 
     def __init__(self, edge: Edge, new_id: Callable[[str], str]) -> None:
         self._direct = direct_routes(edge)
-        self._router = Router(routes(edge))
+        self._routes = routes(edge)
+        self._router = Router(self._routes, redirect_slashes=False)
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -291,15 +292,24 @@ class Outermost:
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
             route = self._direct.get((scope["method"], path), self._router)
             await route(scope, receive, send_with_id)
         except Exception as error:
             if started:  # the server cuts the answer, and logs the exception
                 log.error("fault of this program in %s, after its answer began", request_id)
                 raise
-            await response_to(error, request_id)(scope, receive, send_with_id)
+            response = response_to(error, request_id)
+            if isinstance(error, HTTPException) and response.status_code == 405:
+                response.headers["allow"] = ", ".join(sorted(self._methods(scope, path)))
+            await response(scope, receive, send_with_id)
+
+    def _methods(self, scope: Scope, path: str) -> set[str]:
+        """What a path can be asked for. The router names those of its first route of that path only."""
+        found = [route.methods or () for route in self._routes if route.matches(scope)[0] is not Match.NONE]
+        direct = {method for method, direct_path in self._direct if direct_path == path}
+        return direct.union(*found)
 
 
 def _request_id(scope: Scope) -> str | None:

@@ -219,10 +219,28 @@ async def test_an_unknown_route_is_a_404(app: App) -> None:
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/responses"), ("PUT", "/v1/responses/resp_1")])
-async def test_a_wrong_method_is_a_405(app: App, method: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["/v1/responses/", "/v1/conversations/", "/responses/resp_1/", "//v1/responses"])
+async def test_a_slash_too_many_is_a_404(app: App, path: str) -> None:
+    async with app.http.get(app.url + path, allow_redirects=False) as answer:
+        await error_of(answer, 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/responses", "GET, HEAD, POST"),
+        ("PUT", "/v1/responses/resp_1", "DELETE, GET, HEAD"),
+        ("PUT", "/conversations/conv_1", "DELETE, GET, HEAD, POST"),
+        ("OPTIONS", "/v1/responses/resp_1/cancel", "POST"),
+        ("POST", "/healthz", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_a_405_that_names_the_right_ones(
+    app: App, method: str, path: str, allowed: str
+) -> None:
     async with app.http.request(method, app.url + path) as answer:
         await error_of(answer, 405)
+    assert answer.headers["allow"] == allowed
 
 
 # Routes that name an object in their path.
