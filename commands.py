@@ -15,9 +15,10 @@ from auth import new_key
 from errors import ProxyError
 from jobs import CLEAR, jobs_table
 from keys import rotate_keys
+from routing import Upstreams
 from services import key_file_of, opened_store, purge
 from settings import Settings, SettingsError
-from upstream import Upstream, Upstreams
+from upstream import Upstream
 from vocabulary import VOCABULARIES, VocabularyError, fetch
 
 JOBS_EVERY_S = 1.0
