@@ -27,14 +27,14 @@ Json = dict[str, Any]
 class Way(msgspec.Struct, frozen=True):
     """A backend for a request, its dialect, and the model's name there.
 
-    `first`: the backend that the model belongs to; `others`: those that are left to answer in its place, best first;
-    `because`: why the first did not.
+    `spoken_to`: the backend that the client's own key may go to; `others`: those that are left to answer in place of
+    this one, best first; `because`: why the one that the model belongs to did not.
     """
 
     upstream: Upstream
     dialect: Dialect
     model: str
-    first: Upstream
+    spoken_to: Upstream
     others: tuple[Upstream, ...] = ()
     because: UpstreamError | None = None
 
@@ -45,7 +45,7 @@ class Way(msgspec.Struct, frozen=True):
 
     @property
     def is_fallback(self) -> bool:
-        return self.upstream is not self.first
+        return self.because is not None
 
     def headers(self, caller: Caller, spoken_to: Upstream) -> Mapping[str, str]:
         """What of the caller's goes along: its own key to the backend that it speaks to, and to no other one."""
@@ -76,7 +76,8 @@ class Renderer:
         """To the backend that the model belongs to."""
         await self._upstreams.known(model)
         upstream, name = self._upstreams.route(model)
-        return Way(upstream, await upstream.dialect(), name, upstream, self._upstreams.fallbacks(upstream))
+        spoken_to, others = self._upstreams.spoken_to(model), self._upstreams.fallbacks(upstream)
+        return Way(upstream, await upstream.dialect(), name, spoken_to, others)
 
     async def way_on(self, model: str, way: Way, error: UpstreamError) -> Way:
         """To the next backend that may answer in the place of one that failed.
@@ -91,7 +92,7 @@ class Renderer:
         upstream, *others = way.others
         self._upstreams.falls_back(way.upstream, upstream, error)
         name = upstream.settings.aliases.get(model, model)
-        return Way(upstream, await upstream.dialect(), name, way.first, tuple(others), because)
+        return Way(upstream, await upstream.dialect(), name, way.spoken_to, tuple(others), because)
 
     async def rendered(
         self, request: TurnRequest, window: list[Json], left_out: tuple[str, ...], way: Way | None = None

@@ -334,5 +334,5 @@ class _Asking:
         """Raises: UpstreamError."""
         way = self._way
         ready = await self._renderer.ready(request, request.items, (), way)
-        passed = way.headers(self._prompt.caller, self._prompt.way.first)
+        passed = way.headers(self._prompt.caller, self._prompt.way.spoken_to)
         return await way.upstream.complete(ready.rendered.body, passed, way.terms(self._prompt.request))

@@ -76,14 +76,19 @@ class Upstreams:
             return found
         return next((each for each in self._all if each.lists(model)), self._all[0]), model
 
-    async def known(self, model: str) -> None:
-        """Looks at the backends' lists when a model is in none; the first look of each is waited for, but not long."""
-        if len(self._all) > 1 and not self._routes.get(model) and not any(each.lists(model) for each in self._all):
-            await self._look_again()
+    def spoken_to(self, model: str) -> Upstream:
+        """The only backend that a client's own key may go to: by the settings, for a list could draw keys to itself."""
+        return (self._routes.get(model) or self._all)[0]
 
-    async def _look_again(self) -> None:
-        for upstream in self._all:
-            upstream.look_again()
+    async def known(self, model: str) -> None:
+        """Has the lists looked at again that count for a model; one that is in none waits for it, but not long."""
+        if len(self._all) > 1 and not self._routes.get(model):
+            for upstream in self._all:
+                upstream.look_again()
+            if not any(each.lists(model) for each in self._all):
+                await self._looked()
+
+    async def _looked(self) -> None:
         for upstream in self._all:
             await upstream.looked()
 
@@ -100,7 +105,9 @@ class Upstreams:
     async def look(self) -> None:
         """Looks at every backend, so that the first request need not."""
         if len(self._all) > 1:
-            await self._look_again()
+            for upstream in self._all:
+                upstream.look_again()
+        await self._looked()
         await asyncio.gather(*(upstream.dialect() for upstream in self._all))
 
     async def close(self) -> None:

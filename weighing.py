@@ -44,7 +44,7 @@ class Prompt(msgspec.Struct, frozen=True):
     @property
     def passed(self) -> Mapping[str, str]:
         """What of the caller's goes to the backend."""
-        return self.way.headers(self.caller, self.way.first)
+        return self.way.headers(self.caller, self.way.spoken_to)
 
 
 class Base(NamedTuple):
