@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
+from gates import Hold
 from refusals import raise_if_error
 from sse import SSEDecoder
 
@@ -40,8 +41,10 @@ class ChatStream:
     `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
     """
 
-    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, hold: Hold) -> None:
         self.done = False
+        self._is_read = False
+        self._hold = hold
         self._answer = answer
         self._limits = limits
         self._decoder = SSEDecoder()
@@ -60,16 +63,18 @@ class ChatStream:
                     self._heard_at, self._silence_s = self._loop.time(), self._limits.idle_timeout_s
                     yield chunks
                 if self._failure:
-                    raise self._failure
+                    raise self._failed(self._failure)
                 if self.done:
                     await self._drain()
+                    self._hold.end()
                     return
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._broken() from error
+            raise self._failed(self._broken()) from error
         if chunks := self._chunks(self._decoder.flush()):
             yield chunks
         if self._failure:
-            raise self._failure
+            raise self._failed(self._failure)
+        self._is_read = True
 
     def _chunks(self, payloads: list[bytes]) -> list[Json]:
         """What can be used; the failure that ends it is raised after that has been seen."""
@@ -113,6 +118,14 @@ class ChatStream:
         self._timed_out = total if now >= self._total_ends_at else f"sent nothing for {self._silence_s:g} s"
         self._answer.close()
 
+    def _failed(self, error: UpstreamError) -> UpstreamError:
+        self._hold.end(error)
+        return error
+
+    def cut_short(self) -> UpstreamError:
+        """The failure of an answer that ended without a word of it, for who has read that there was none."""
+        return self._failed(self._broken())
+
     def _broken(self) -> UpstreamError:
         if self._timed_out:
             return UpstreamTimeout(f"Upstream '{self._limits.name}' {self._timed_out} in the middle of its answer.")
@@ -128,3 +141,7 @@ class ChatStream:
         """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
         self._timer.cancel()
         self._answer.close()
+        if self.done or self._is_read:
+            self._hold.end()
+        else:
+            self._hold.give_up()

@@ -26,6 +26,8 @@ FINISH: dict[str, tuple[str, str | None]] = {
 FAILED_FINISHES = frozenset({"error", "abort"})
 # Where backends put reasoning text, best first; some send the same text under two names.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+# Rough size of a token, for usage that no backend gave.
+BYTES_PER_TOKEN = 4
 # Where a call item keeps what the model wrote.
 WRITTEN = ("arguments", "input", "operation", "action")
 
@@ -36,6 +38,13 @@ def delta_of(choice: Json) -> Json:
     if "message" in choice and delta.get("tool_calls"):
         return {**delta, "tool_calls": [{**call, "index": n} for n, call in enumerate(delta["tool_calls"])]}
     return delta
+
+
+def says_anything(chunk: Json) -> bool:
+    """Not so for what only opens an answer: a role, and fields without a value."""
+    choice: Json = next(iter(chunk.get("choices") or ()), {})
+    said = (value for key, value in delta_of(choice).items() if key != "role")
+    return bool(chunk.get("usage") or choice.get("finish_reason") or any(said))
 
 
 def details_text(details: Iterable[Any]) -> str:

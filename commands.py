@@ -15,9 +15,10 @@ from auth import new_key
 from errors import ProxyError
 from jobs import CLEAR, jobs_table
 from keys import rotate_keys
+from routing import Upstreams
 from services import key_file_of, opened_store, purge
 from settings import Settings, SettingsError
-from upstream import Upstream, Upstreams
+from upstream import Upstream
 from vocabulary import VOCABULARIES, VocabularyError, fetch
 
 JOBS_EVERY_S = 1.0
@@ -27,7 +28,7 @@ async def check(settings: Settings) -> int:
     """Prints what each backend is; 1 when one of them cannot be used."""
     upstreams = Upstreams(settings.upstream)
     try:
-        found = [await _check_one(upstream) for upstream in upstreams]
+        found = [await _check_one(upstream, routes_of(upstream, upstreams)) for upstream in upstreams]
     finally:
         await upstreams.close()
     return 0 if found and all(found) else 1
@@ -90,16 +91,32 @@ def fetch_vocabulary(settings: Settings, name: str | None) -> int:
     return 0
 
 
-async def _check_one(upstream: Upstream) -> bool:
+def routes_of(upstream: Upstream, upstreams: Upstreams) -> list[str]:
+    """What is sent to one backend of several, and where it goes on, with what becomes of the aliases there."""
+    first, *rest = upstreams
+    if not rest:
+        return []
+    settings = upstream.settings
+    named = [f"{alias} as {model}" for alias, model in settings.aliases.items()]
+    last = ["every model that nobody names"] if upstream is first else []
+    lines = [f"  serves: {', '.join([*named, *settings.models, 'what it lists', *last])}"]
+    for other in upstreams.fallbacks(upstream):
+        there = [f"{alias} as {other.settings.aliases.get(alias, alias)}" for alias in settings.aliases]
+        lines.append(f"  falls back to: {other.settings.name}" + (f" ({', '.join(there)})" if there else ""))
+    return lines
+
+
+async def _check_one(upstream: Upstream, routes: list[str]) -> bool:
     where = f"{upstream.settings.name} ({upstream.settings.base_url})"
     try:
         probe = await upstream.probe()
     except ProxyError as error:
-        print(f"{where}: {error.message}")
+        print("\n".join([f"{where}: {error.message}", *routes]))
         return False
     question = {"model": next(iter(probe.models), ""), "messages": [{"role": "user", "content": "Hello"}]}
     counts = "yes" if await upstream.count_tokens(question) else "no"
-    print(f"{where}: dialect {probe.dialect.name}, {len(probe.models)} model(s), tokenizer: {counts}")
+    told = f"{where}: dialect {probe.dialect.name}, {len(probe.models)} model(s), tokenizer: {counts}"
+    print("\n".join([told, *routes]))
     for model in probe.models:
         window = await upstream.window_tokens(model)
         print(f"  {model}: window {f'{window} tokens' if window else 'not told'}")

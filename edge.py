@@ -75,9 +75,19 @@ def ignored_headers(names: tuple[str, ...]) -> Headers:
     """Names of what was left out, safe for a header whatever the client wrote; none where nothing was."""
     if not names:
         return []
-    shown = re.sub(r"[^ -~]", "?", ", ".join(name.encode("ascii", "replace").decode() for name in names))[:2000]
+    shown = plain_text(", ".join(names))[:2000]
     log.info("left out of %s: %s", REQUEST_ID.get(), shown)
     return [(b"x-responses-proxy-ignored", shown.encode())]
+
+
+def turn_headers(turn: Turn) -> Headers:
+    """Of a plain answer: who gave it, and what was left out. A stream begins before that is certain."""
+    return [(b"x-responses-proxy-upstream", plain_text(turn.upstream).encode()), *ignored_headers(turn.ignored)]
+
+
+def plain_text(text: str) -> str:
+    """What a header may hold."""
+    return re.sub(r"[^ -~]", "?", text)
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ class Edge:
             async with Watched(exchange.receive):
                 turn = await self._services.turns.prepare(asked)
                 response = await turn.run()
-            await send_json(exchange.send, response, ignored_headers(turn.ignored))
+            await send_json(exchange.send, response, turn_headers(turn))
         elif asked.request.previous_response_id:
             await self._stream_patiently(exchange, asked)
         else:

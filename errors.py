@@ -18,6 +18,9 @@ ProxyError                    500  server_error: anything that a client is told 
     ├── UpstreamTimeout       504
     ├── UpstreamGarbled       502  it answered, but not with chat completions
     ├── UpstreamBroken        502  a stream that ended too early
+    ├── UpstreamBusy          503  it was not asked: enough others wait for it; in streams a `server_error`, for clients
+    │                              (Codex) take `server_is_overloaded` and every 429 for final
+    ├── CircuitOpen           503  it was not asked: it has failed too often just now
     └── UpstreamRefused            an error of its own, with its own status
         └── WindowExceeded    400  context_length_exceeded: the input is larger than the model's window
 
@@ -127,6 +130,14 @@ class UpstreamGarbled(UpstreamError):
 
 class UpstreamBroken(UpstreamError):
     """The stream ended before the backend said that it had finished."""
+
+
+class UpstreamBusy(UpstreamError):
+    status, code = 503, "upstream_busy"
+
+
+class CircuitOpen(UpstreamError):
+    status, code = 503, "upstream_unavailable"
 
 
 REFUSAL_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

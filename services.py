@@ -25,6 +25,7 @@ from keys import KeyFile, load_keys
 from leases import Leases
 from metrics import Metrics
 from once import Once
+from routing import Upstreams
 from run_verbs import RunStore
 from sealing import Seals
 from settings import Settings, SettingsError
@@ -32,7 +33,6 @@ from sources import Ids, Sources
 from store import StoreSettings, open_store
 from stored import Stored
 from turns import Means, Turns
-from upstream import Upstreams
 from verbs import Purged, Store
 from vocabulary import load
 from watching import Watcher

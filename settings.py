@@ -94,7 +94,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
             else:
                 tables[section] = {**tables.get(section, {}), **values}
     sections = {name: _section(SECTIONS, name, table) for name, table in tables.items()}
-    return Settings(**sections, upstream=tuple(_upstream(table) for table in upstreams))
+    return Settings(**sections, upstream=_checked(tuple(_upstream(table) for table in upstreams)))
 
 
 def settings_of_environ() -> Settings:
@@ -111,6 +111,21 @@ def _upstream(table: Json) -> UpstreamSettings:
     except ValueError as error:
         raise SettingsError(f"upstream.base_url: {error}: {settings.base_url!r}") from error
     return settings if "name" in table else dataclasses.replace(settings, name=named.name)
+
+
+def _checked(upstreams: tuple[UpstreamSettings, ...]) -> tuple[UpstreamSettings, ...]:
+    """Refuses a fallback that is not exactly one other upstream, or that is named twice."""
+    names = [each.name for each in upstreams]
+    for each in upstreams:
+        for name in each.fallback:
+            shown = f"upstream.fallback '{name}' of '{each.name}'"
+            if name not in names:
+                raise SettingsError(_unknown("upstream", f"'{name}' in the fallback of '{each.name}'", name, names))
+            if name == each.name:
+                raise SettingsError(f"{shown}: an upstream is no fallback of itself")
+            if names.count(name) > 1 or each.fallback.count(name) > 1:
+                raise SettingsError(f"{shown}: there are two of that name")
+    return upstreams
 
 
 def _read_file(path: Path) -> Json:

@@ -18,10 +18,11 @@ import orjson
 from ahead import Ahead
 from auth import Caller
 from chat_stream import ChatStream
+from chunks import BYTES_PER_TOKEN
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
-from errors import ProxyError, UpstreamBroken, UpstreamError, WindowExceeded
+from errors import ProxyError, UpstreamError, WindowExceeded
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from leases import Leases
@@ -31,19 +32,17 @@ from past import REASONING, OwnPlace, Pasts, Patience
 from records import Notes, identified, new_turn
 from replay import replayed
 from request import TurnRequest, echo
+from routing import Upstreams
 from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
 from translation import check_items
-from upstream import Upstreams
 from verbs import FirstUse, ItemIds, NewTurn
 from watching import Watcher
 from weighing import Prompt
 
 log = logging.getLogger("responses_proxy.turns")
 
-# Rough size of a token, for usage that no backend gave.
-BYTES_PER_TOKEN = 4
 # What a save that has begun gets when its turn is cancelled.
 SAVE_S = 5.0
 
@@ -119,7 +118,7 @@ class Turns:
         try:
             ready = await self.renderer.rendered(asked.request, past.window, past.left_out)
             prompt = Prompt(asked.request, asked.caller, past, ready.way)
-            fit = Fit(self.fitter, prompt, ready.rendered.body, course.item_ids)
+            fit = Fit(self.fitter, prompt, ready, course.item_ids)
             return self._turn(asked, course, ready, fit)
         except BaseException:
             await past.release()
@@ -154,7 +153,7 @@ class Turns:
     def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, fit, course, ready.ignored, self.ahead)
+        keeper = Keeper(asked, fit, course, self.ahead)
         return Turn(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
     def _plan(self, asked: Asked, ready: Ready, fit: Fit, first_number: int) -> StreamPlan:
@@ -205,7 +204,6 @@ class Keeper(msgspec.Struct, frozen=True):
     asked: Asked
     fit: Fit
     course: Course
-    ignored: tuple[str, ...]
     ahead: Ahead
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
@@ -216,7 +214,7 @@ class Keeper(msgspec.Struct, frozen=True):
         past, response = self.fit.prompt.past, machine.snapshot()
         inputs = identified(past.own, self.course.item_ids)
         items = self.fit.window_items(response["output"]) if self.asked.request.conversation_id else None
-        notes = Notes(self.ignored, self.fit.window_tokens(machine.counted), items)
+        notes = Notes(self.fit.ignored, self.fit.window_tokens(machine.counted), items)
         turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
         lease = None if turn.is_detached else past.lease
         first_use = None if turn.is_detached else self.asked.first_use
@@ -230,10 +228,9 @@ class Keeper(msgspec.Struct, frozen=True):
 
 
 class Turn:
-    """One call of a backend and the response it becomes; `ignored` names what was left out of the request."""
+    """One call of a backend and the response it becomes."""
 
     def __init__(self, fit: Fit, machine: ResponseStream, keeper: Keeper, created_after_s: float) -> None:
-        self.ignored = keeper.ignored
         self._fit = fit
         self._machine = machine
         self._keeper = keeper
@@ -243,11 +240,20 @@ class Turn:
         self._is_kept = False
         self._unsaid: list[Event] = []
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was left out of the request."""
+        return self._fit.ignored
+
+    @property
+    def upstream(self) -> str:
+        """Who was asked last, by its name in the settings."""
+        return self._fit.prompt.way.upstream.settings.name
+
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
         try:
-            if need := await self._fit.look():
-                await self._compact(need)
+            await self._look()
             if not self._fit.is_mere:
                 self._machine.feed(await self._completion())
             self._machine.close()
@@ -257,14 +263,18 @@ class Turn:
         finally:
             await self._fit.prompt.past.release()
 
+    async def _look(self) -> None:
+        if need := await self._fit.look():
+            await self._compact(need)
+
     async def _completion(self) -> Json:
-        """Asked for once more when the window was too full at first."""
-        upstream, passed = self._fit.prompt.way.upstream, self._fit.prompt.caller.passed
-        try:
-            return await upstream.complete(self._fit.body, passed)
-        except WindowExceeded as refused:
-            await self._change(refused)
-            return await upstream.complete(self._fit.body, passed)
+        """Asked for again when the window was too full, or elsewhere when the backend fails. Raises: UpstreamError."""
+        while True:
+            try:
+                return await self._fit.complete()
+            except UpstreamError as error:
+                await self._other_try(error)
+                await self._look()
 
     async def _compact(self, need: Need) -> list[Event]:
         """The events of the compaction item; a turn that fits the backend still goes on without one.
@@ -280,9 +290,13 @@ class Turn:
             return []
         return self._machine.compacted(fitted.item, fitted.made.usage)
 
-    async def _change(self, refused: WindowExceeded) -> list[Event]:
-        """What makes a window fit that the backend refused. Raises: WindowExceeded when nothing does."""
-        fitted = await self._fit.change(refused)
+    async def _other_try(self, error: UpstreamError) -> list[Event]:
+        """What lets the backend be asked again: a window that fits, or another backend. Raises: the error."""
+        if not isinstance(error, WindowExceeded):
+            await self._fit.go_on(error)
+            self._machine.expect(self._fit.prompt.way.upstream.settings.think)
+            return []
+        fitted = await self._fit.change(error)
         return self._machine.compacted(fitted.item, fitted.made.usage) if fitted else []
 
     async def accept(self) -> None:
@@ -309,11 +323,16 @@ class Turn:
         return self._accepting
 
     async def _asked(self) -> ChatStream | Need:
-        """What the backend answers, or why it cannot be asked yet."""
-        if need := await self._fit.look():
-            return need
-        prompt = self._fit.prompt
-        return await prompt.way.upstream.stream(self._fit.body, prompt.caller.passed)
+        """What the backend answers, or another one in its place; or why it cannot be asked yet."""
+        while True:
+            if need := await self._fit.look():
+                return need
+            try:
+                return await self._fit.stream()
+            except WindowExceeded:
+                raise
+            except UpstreamError as error:
+                await self._other_try(error)
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of a turn in batches; the last one is terminal, whatever happens."""
@@ -335,28 +354,34 @@ class Turn:
         """All events after the first, but for the terminal one of a failure."""
         if self._fit.is_mere:
             yield self._machine.compacting(self._fit.item_id)
+        async with contextlib.aclosing(self._tried()) as batches:
+            async for batch in batches:
+                yield batch
+        yield await self._finished()
+
+    async def _tried(self) -> AsyncGenerator[list[Event], None]:
+        """What the backend says, or says at another try, as long as it has said nothing."""
         try:
             async with contextlib.aclosing(self._relayed()) as batches:
                 async for batch in batches:
                     yield batch
-        except WindowExceeded as refused:
-            if self._machine.has_answer:
+        except UpstreamError as error:
+            if self._machine.has_answer or self._fit.is_mere:
                 raise
             await self._let_go()
-            yield await self._change(refused)
-            async with contextlib.aclosing(self._relayed()) as batches:
+            yield await self._other_try(error)
+            async with contextlib.aclosing(self._tried()) as batches:
                 async for batch in batches:
                     yield batch
-        yield await self._finished()
 
     async def _relayed(self) -> AsyncGenerator[list[Event], None]:
         """What the backend says, after the compaction that the window needs."""
         stream = await (self._accepting or self._call_backend())
-        if isinstance(stream, Need):
+        while isinstance(stream, Need):
             yield await self._compact(stream)
-            stream = stream if self._fit.is_mere else await self._call_backend()
-        if isinstance(stream, Need):
-            return
+            if self._fit.is_mere:
+                return
+            stream = await self._call_backend()
         async for chunks in stream:
             events: list[Event] = []
             for chunk in chunks:
@@ -364,7 +389,7 @@ class Turn:
             if events:
                 yield events
         if not stream.done and not self._machine.ended:
-            raise UpstreamBroken("The backend closed its stream before the answer was finished.")
+            raise stream.cut_short()
 
     async def _finished(self) -> list[Event]:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""

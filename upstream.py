@@ -1,4 +1,4 @@
-"""The only outbound HTTP: which backend serves a model, how it is called, and what its failures mean.
+"""The only outbound HTTP: how a backend is called, and what its failures mean.
 
 May not know the Responses vocabulary, nor the store. Failures of every backend become the tree in errors.py.
 Source: tests/wire, and the backends' own sources where a table names them.
@@ -11,9 +11,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -25,8 +24,10 @@ from yarl import URL
 import dialects
 from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, listed, windows_told
 from chat_stream import ChatStream, StreamLimits
+from circuits import Circuit
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from gates import NO_TERMS, Gate, Guard, Hold, Observer, Terms
 from looks import Look
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 
@@ -73,6 +74,12 @@ class UpstreamSettings:
     retries: int = 2
     retry_backoff_s: float = 0.5
     retry_wait_max_s: float = 5.0
+    max_in_flight: int = 0
+    max_waiting: int = 100
+    queue_wait_s: float = 30.0
+    fallback: tuple[str, ...] = ()
+    circuit_failures: int = 5
+    circuit_open_s: float = 15.0
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -80,23 +87,31 @@ class UpstreamSettings:
         if self.dialect != "auto" and self.dialect not in dialects.DIALECTS:
             raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
 
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(self.name, self.first_byte_timeout_s, self.idle_timeout_s, self.total_timeout_s)
 
-# -- one backend -------------------------------------------------------------------------------------------------------
+
+def settings_for(base_url: str) -> UpstreamSettings:
+    """The settings of a single backend given by its URL alone."""
+    return replace(UpstreamSettings(base_url=base_url), name=URL(base_url).host or "default")
 
 
 class Upstream:
-    """One chat-completions backend."""
+    """One chat-completions backend.
 
-    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession) -> None:
+    Whoever calls it by other means than `complete` and `stream` does so inside `async with upstream.held(): ...`.
+    """
+
+    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession, observer: Observer) -> None:
         self.settings = settings
         self._session = session
         self._base_url = settings.base_url.rstrip("/")
         self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
         self._headers = self._make_headers()
-        self._stream_limits = StreamLimits(
-            settings.name, settings.first_byte_timeout_s, settings.idle_timeout_s, settings.total_timeout_s
-        )
+        self._stream_limits = settings.stream_limits
+        self._guard = guard_of(settings, observer)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
@@ -128,6 +143,19 @@ class Upstream:
             self._looks.again(DETECTION_PAUSE_S)
             await self._looks.wait()
         return self._probe.dialect if self._probe else dialects.GENERIC
+
+    def lists(self, model: str) -> bool:
+        """Whether its list of models held that name at the last look."""
+        return self._probe is not None and model in self._probe.models
+
+    def look_again(self) -> None:
+        """Looks at its list of models beside requests, unless that was done not long ago."""
+        is_listed = self._probe is not None and self._probe.models
+        self._looks.again(FOUND_KEPT_S if is_listed else DETECTION_PAUSE_S)
+
+    async def looked(self) -> None:
+        """When the look that is under way has been made; it is not waited for long."""
+        await self._looks.wait()
 
     async def _look(self) -> None:
         with contextlib.suppress(UpstreamError):
@@ -221,10 +249,20 @@ class Upstream:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def complete(self, body: Json, passed: Headers = NOTHING_PASSED) -> Json:
+    def held(self, terms: Terms = NO_TERMS) -> Hold:
+        """The right to make one call, to its end: a place at the gate, where the circuit lets it through.
+
+        `async with upstream.held() as hold: ...` takes an UpstreamError that leaves the block for the call's failure,
+        and a block that ends for its success; a failure that is not raised is told by `hold.failed(error)`.
+        Raises: UpstreamBusy and CircuitOpen, before the block begins.
+        """
+        return Hold(self._guard, terms)
+
+    async def complete(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Json:
         """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
-        _, completion = await self._read_json(self._post(body, passed), self.settings.total_timeout_s)
-        return self._checked(completion)
+        async with self.held(terms):
+            _, completion = await self._read_json(self._post(body, passed), self.settings.total_timeout_s)
+            return self._checked(completion)
 
     async def _read_json(
         self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
@@ -250,14 +288,15 @@ class Upstream:
             raise UpstreamGarbled(f"Upstream '{self.settings.name}' answered without a choice.")
         return completion
 
-    async def stream(self, body: Json, passed: Headers = NOTHING_PASSED) -> ChatStream:
-        """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
-        try:
-            async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                answer = await self._post(body, passed)
-        except TimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
-        return ChatStream(answer, self._stream_limits)
+    async def stream(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> ChatStream:
+        """The answer as chunks, once the backend has accepted the request. `close` it. Raises: UpstreamError."""
+        async with self.held(terms) as hold:
+            try:
+                async with asyncio.timeout(self.settings.first_byte_timeout_s):
+                    answer = await self._post(body, passed)
+            except TimeoutError as error:
+                raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
+            return ChatStream(answer, self._stream_limits, hold.keep())
 
     async def _post(self, body: Json, passed: Headers) -> aiohttp.ClientResponse:
         attempt = 0
@@ -281,6 +320,7 @@ class Upstream:
                     raise
                 attempt += 1
                 log.warning("upstream '%s': %s; again in %.1f s", self.settings.name, type(error).__name__, wait_s)
+                self._guard.observer.retried(self.settings.name, error)
                 await asyncio.sleep(wait_s)
 
     def _retry_wait_s(self, error: UpstreamError, attempt: int) -> float | None:
@@ -341,39 +381,18 @@ class Upstream:
         return error
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+def guard_of(settings: UpstreamSettings, observer: Observer) -> Guard:
+    """What stands before a backend, by the clock of the loop."""
+    gate = Gate(settings.name, settings.max_in_flight, settings.max_waiting, settings.queue_wait_s)
+    circuit = Circuit(settings.name, settings.circuit_failures, settings.circuit_open_s, loop_time)
+    return Guard(settings.name, gate, circuit, observer)
 
 
-class Upstreams:
-    """The backends in the order of the settings, and the one connection pool they share."""
-
-    def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        self._all = tuple(Upstream(each, self._session) for each in settings)
-
-    def __iter__(self) -> Iterator[Upstream]:
-        return iter(self._all)
-
-    def route(self, model: str) -> tuple[Upstream, str]:
-        """The backend for a model and the model's name there; an unknown model goes to the first backend."""
-        for upstream in self._all:
-            settings = upstream.settings
-            if model in settings.aliases:
-                return upstream, settings.aliases[model]
-            if any(fnmatchcase(model, pattern) for pattern in settings.models):
-                return upstream, model
-        return self._all[0], model
-
-    async def look(self) -> None:
-        """Looks at every backend, so that the first request need not."""
-        await asyncio.gather(*(upstream.dialect() for upstream in self._all))
-
-    async def close(self) -> None:
-        await asyncio.gather(*(upstream.close() for upstream in self._all))
-        await self._session.close()
+def loop_time() -> float:
+    return asyncio.get_running_loop().time()
 
 
-def settings_for(base_url: str) -> UpstreamSettings:
-    """The settings of a single backend given by its URL alone."""
-    return replace(UpstreamSettings(base_url=base_url), name=URL(base_url).host or "default")
+def new_session() -> aiohttp.ClientSession:
+    """The connection pool that all backends share."""
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())

@@ -41,13 +41,14 @@ from counting import Counter
 from errors import StoreError
 from leases import Leases
 from metrics import Metrics
+from routing import Upstreams
 from run_verbs import Held, NewRun, QueueLimits, RunStore
 from sealing import Seals
 from sources import Sources
 from store import SQLiteStore, StoreSettings, open_store
 from streaming import ReasoningSettings, ResponseStream
 from turns import Means, Turns, TurnSettings
-from upstream import Upstreams, UpstreamSettings
+from upstream import UpstreamSettings
 from verbs import NewTurn
 from watching import Watcher
 

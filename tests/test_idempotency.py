@@ -34,10 +34,10 @@ from counting import Counter
 from edge import Edge, Outermost
 from leases import Leases
 from metrics import Metrics
+from routing import Upstreams
 from services import make_seals, make_services, opened_store
 from sources import Ids, Sources
 from turns import Means
-from upstream import Upstreams
 from watching import Watcher
 
 Json = dict[str, Any]

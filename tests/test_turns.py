@@ -20,13 +20,14 @@ from leases import Leases
 from metrics import Metrics
 from records import restored
 from request import RequestLimits, parse_request
+from routing import Upstreams
 from run_verbs import RunStore
 from sealing import Seals
 from sources import Sources
 from store import StoreSettings, open_store
 from streaming import ReasoningSettings
 from turns import Asked, Means, Turn, Turns, TurnSettings
-from upstream import Upstreams, UpstreamSettings
+from upstream import UpstreamSettings
 from verbs import Page
 from watching import Watcher
 

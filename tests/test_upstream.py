@@ -31,7 +31,8 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from upstream import Upstream, Upstreams, UpstreamSettings, settings_for
+from routing import Upstreams
+from upstream import Upstream, UpstreamSettings, settings_for
 
 Json = dict[str, Any]
 Connect = Callable[..., Upstream]
