@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "frames": (1, 100, {"orjson"}),
     "metrics": (1, 100, {"prometheus_client"}),
     "logs": (1, 100, set()),
+    "stream_lanes": (1, 150, set()),
     "run_tables": (1, 100, set()),
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
@@ -57,6 +58,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
+    "remembered": (3, 150, set()),
     "history": (3, 150, {"orjson"}),
     "counting": (3, 300, {"orjson"}),
     "folding": (3, 200, {"msgspec", "orjson"}),
@@ -72,6 +74,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "turns": (5, 500, {"msgspec", "orjson"}),
     "background": (6, 450, {"msgspec"}),
     "answers": (6, 300, {"orjson"}),
+    "sockets": (6, 450, {"msgspec", "orjson"}),
     "stored": (7, 400, {"msgspec", "orjson"}),
     "windows": (7, 150, {"msgspec"}),
     "settings": (7, 250, {"msgspec"}),
@@ -80,7 +83,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "commands": (8, 200, set()),
     "proxy": (9, 300, {"uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"edge", "services", "turns", "background", "items", "lanes"}
+ROOMS_WITH_BROAD_EXCEPT = {"edge", "services", "turns", "background", "items", "lanes", "sockets"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
