@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "folding": (3, 200, {"msgspec", "orjson"}),
     "compaction": (4, 450, {"msgspec", "orjson"}),
     "summaries": (4, 200, {"orjson"}),
-    "past": (4, 200, {"msgspec"}),
+    "past": (4, 220, {"msgspec"}),
     "dispatch": (4, 100, {"msgspec"}),
     "event_log": (4, 250, set()),
     "weighing": (5, 200, {"msgspec", "orjson"}),
