@@ -348,19 +348,20 @@ class Connection:
 
     async def _tell(self, turn: Turn, stream_id: str | None) -> bool:
         """Whether the response failed."""
-        last = ""
         try:
-            async with contextlib.aclosing(turn.events()) as batches:
-                async for batch in batches:
-                    if not last and turn.ignored:
-                        batch = [_naming(batch[0], turn.ignored), *batch[1:]]
-                    await self._client.tell(batch, stream_id)
-                    last = batch[-1]["type"] if batch else last
+            return await self._tell_all(turn, stream_id)
         except asyncio.CancelledError:
             await self._say_goodbye(turn, stream_id)
             raise
         finally:
             await turn.close()
+
+    async def _tell_all(self, turn: Turn, stream_id: str | None) -> bool:
+        last = ""
+        async with contextlib.aclosing(turn.events()) as batches:
+            async for batch in batches:
+                await self._client.tell(batch if last else _naming(batch, turn.ignored), stream_id)
+                last = batch[-1]["type"] if batch else last
         return last == "response.failed"
 
     async def _say_goodbye(self, turn: Turn, stream_id: str | None) -> None:
@@ -372,11 +373,13 @@ class Connection:
                 await self._client.tell(turn.fail(stopped()), stream_id)
 
 
-def _naming(created: Event, ignored: tuple[str, ...]) -> Event:
-    """The first event, with the names that an HTTP answer has in its header."""
+def _naming(events: list[Event], ignored: tuple[str, ...]) -> list[Event]:
+    """The first one with the names that an HTTP answer has in its header."""
+    if not ignored:
+        return events
     names = one_line(ignored)
     log.info("left out of %s: %s", REQUEST_ID.get(), names)
-    return {**created, IGNORED: names}
+    return [{**events[0], IGNORED: names}, *events[1:]]
 
 
 # -- upgrades ----------------------------------------------------------------------------------------------------------

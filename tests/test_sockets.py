@@ -372,6 +372,12 @@ async def test_a_stored_response_takes_the_place_of_one_that_is_not(client: Sock
     await client.not_found(first)
 
 
+async def test_a_stored_response_that_was_deleted_is_gone_here_too(app: App, client: Socket) -> None:
+    response = await client.turn("A", **STORED)
+    await app.openai.responses.delete(response["id"])
+    await client.not_found(response)
+
+
 async def test_a_stored_response_keeps_all_that_it_continues(app: App, client: Socket, backend: Backend) -> None:
     backend.script(streamed("one"), streamed("two"), streamed("three"), streamed("four"))
     first = await client.turn("A", **STORED)
