@@ -37,17 +37,17 @@ from errors import (
     MethodNotAllowed,
     NotFound,
     ProxyError,
-    UnsupportedParameter,
 )
 from event_log import Follower
 from frames import DONE, encode
-from logs import REQUEST_ID
+from logs import REQUEST_ID, one_line
 from metrics import CONTENT_TYPE
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
 from services import Services
 from settings import Settings
+from sockets import no_websocket
 from stored import STORED_ROUTES, Visit, Work
 from turns import Asked, Turn
 from verbs import KeptResponse
@@ -75,7 +75,7 @@ def ignored_headers(names: tuple[str, ...]) -> Headers:
     """Names of what was left out, safe for a header whatever the client wrote; none where nothing was."""
     if not names:
         return []
-    shown = plain_text(", ".join(names))[:2000]
+    shown = one_line(names)
     log.info("left out of %s: %s", REQUEST_ID.get(), shown)
     return [(b"x-responses-proxy-ignored", shown.encode())]
 
@@ -110,6 +110,7 @@ class Edge:
     """The HTTP handlers and what they share."""
 
     def __init__(self, settings: Settings, services: Services) -> None:
+        self.sockets = services.sockets
         self._services = services
         self._limits = settings.limits
         self._keepalive_s = settings.server.keepalive_s
@@ -203,10 +204,10 @@ class Edge:
             await send_json(exchange.send, response, headers)
 
     async def visit(self, request: Request, work: Work) -> ASGIApp:
-        """Everything that reads or writes stored objects; 426 makes clients of a WebSocket fall back to HTTP."""
+        """Everything that reads or writes stored objects; an upgrade comes here from a server without WebSockets."""
         if request.headers.get("upgrade", "").lower() == "websocket":
-            body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
-            return json_response(body, 426, {"upgrade": "HTTP/1.1"})
+            error = no_websocket()
+            return json_response(error.to_wire(), error.http_status, {"upgrade": "HTTP/1.1"})
         caller = self._services.owners.caller(request.headers.get("authorization"))
         raw = b""
         if request.method == "POST":
@@ -282,16 +283,17 @@ class Outermost:
         self._direct = direct_routes(edge)
         self._routes = routes(edge)
         self._router = Router(self._routes, redirect_slashes=False)
+        self._sockets = edge.sockets
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await _refuse_websocket(scope, receive, send)
-            return
         scope["header_values"] = dict(scope["headers"])
         request_id = scope["request_id"] = _request_id(scope) or self._new_id("req")
-        scope["app"] = self  # the router raises its 404 and 405 only inside an application
         REQUEST_ID.set(request_id)
+        if scope["type"] == "websocket":
+            await self._sockets(scope, receive, send)
+            return
+        scope["app"] = self  # the router raises its 404 and 405 only inside an application
         header = (b"x-request-id", request_id.encode())
         started = False
 
@@ -326,12 +328,3 @@ def _request_id(scope: Scope) -> str | None:
     """The client's own id, when it is fit for a header and a log."""
     given = header(scope, b"x-request-id")
     return given if given and CLIENT_REQUEST_ID.match(given) else None
-
-
-async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
-    if "websocket.http.response" in scope.get("extensions", {}):
-        await send({"type": "websocket.http.response.start", "status": 426, "headers": []})
-        await send({"type": "websocket.http.response.body", "body": b""})
-    else:
-        await send({"type": "websocket.close"})

@@ -11,7 +11,7 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── NotFound              404  no such object for this owner, or no such route
 │   ├── MethodNotAllowed      405  the route is there, the method is not
 │   ├── StillRunning          409  what it needs is being answered; clients try again by themselves
-│   └── QueueFull             429  rate_limit_exceeded: too many background responses wait already
+│   └── QueueFull             429  rate_limit_exceeded: too many responses wait already
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502

@@ -6,10 +6,13 @@ May not know what is logged.
 from __future__ import annotations
 
 import logging
+import re
 from contextvars import ContextVar
 
 # The request that a log line belongs to.
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
+# The server's log of WebSockets.
+SOCKET_LOG = "uvicorn.sockets"
 
 
 class _NamesRequest(logging.Filter):
@@ -20,8 +23,14 @@ class _NamesRequest(logging.Filter):
         return True
 
 
+def one_line(names: tuple[str, ...]) -> str:
+    """Names that a client may have chosen, safe for a log line and for a header."""
+    return re.sub(r"[^ -~]", "?", ", ".join(name.encode("ascii", "replace").decode() for name in names))[:2000]
+
+
 def start_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(_NamesRequest())
     form = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
     logging.basicConfig(level=level.upper(), format=form, handlers=[handler])
+    logging.getLogger(SOCKET_LOG).setLevel("WARNING")  # below that are query strings, where clients may have put keys

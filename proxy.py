@@ -10,23 +10,28 @@ import argparse
 import asyncio
 import gc
 import importlib.metadata
+import logging
 import math
 import os
 import signal
 import sys
+from asyncio import BaseTransport
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from answers import Receive, Scope, Send
 from commands import COMMANDS_ALONE, check, check_store, purge_once, show_jobs
 from edge import Edge, Outermost
 from errors import StoreError
-from logs import start_logging
+from logs import SOCKET_LOG, start_logging
 from services import STOP_SIGNALS, opened
 from settings import Settings, SettingsError, load_settings, settings_of_environ
+from sockets import STOPPING
 from vocabulary import VOCABULARIES
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -119,6 +124,20 @@ def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Se
     return load_settings(Path(path) if path else None, environ, flags)
 
 
+class SocketProtocol(WebSocketsSansIOProtocol):
+    """A WebSocket that a stopping server leaves to the application, which ends it when its responses have ended."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        self.logger = logging.getLogger(SOCKET_LOG)
+
+    def shutdown(self) -> None:
+        if self.handshake_complete and not self.close_sent:
+            self.queue.put_nowait(cast(Any, {"type": STOPPING}))
+        else:
+            super().shutdown()
+
+
 def server_config(settings: Settings) -> uvicorn.Config:
     """How the program serves itself."""
     return uvicorn.Config(
@@ -131,7 +150,11 @@ def server_config(settings: Settings) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         lifespan="on",
-        ws="none",
+        ws=SocketProtocol,
+        ws_max_size=settings.limits.body_bytes,
+        ws_ping_interval=settings.websocket.ping_s,
+        ws_ping_timeout=settings.websocket.ping_timeout_s,
+        ws_per_message_deflate=False,  # a deflated event costs more time than its bytes do on the way
         timeout_keep_alive=75,  # longer than clients keep an idle connection, so that they do not meet it half closed
         timeout_graceful_shutdown=math.ceil(settings.server.shutdown_grace_s),
     )

@@ -29,6 +29,7 @@ from routing import Upstreams
 from run_verbs import RunStore
 from sealing import Seals
 from settings import Settings, SettingsError
+from sockets import SocketMeans, Sockets
 from sources import Ids, Sources
 from store import StoreSettings, open_store
 from stored import Stored
@@ -55,6 +56,7 @@ class Services:
     background: Background
     stored: Stored
     windows: Windows
+    sockets: Sockets
     once: Once
     owners: Owners
     metrics: Metrics
@@ -133,7 +135,10 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     background = Background(store, turns, means, settings.background)
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
-    return Services(turns, background, stored, windows, Once(means.leases), owners, means.metrics, means.sources)
+    limits, new_id = settings.limits, means.sources.new_id
+    sockets = Sockets(SocketMeans(turns, settings.websocket, limits, limits.body_bytes, new_id), owners)
+    once = Once(means.leases)
+    return Services(turns, background, stored, windows, sockets, once, owners, means.metrics, means.sources)
 
 
 @contextlib.contextmanager

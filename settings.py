@@ -23,6 +23,7 @@ from compaction import CompactionSettings
 from errors import Json
 from request import RequestLimits
 from sealing import SealingSettings
+from sockets import WebSocketSettings
 from store import StoreSettings
 from streaming import ReasoningSettings
 from turns import TurnSettings
@@ -56,6 +57,7 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    websocket: WebSocketSettings = field(default_factory=WebSocketSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     sealing: SealingSettings = field(default_factory=SealingSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
@@ -69,6 +71,7 @@ SECTIONS: dict[str, type[Any]] = {
     "server": ServerSettings,
     "auth": AuthSettings,
     "limits": LimitSettings,
+    "websocket": WebSocketSettings,
     "store": StoreSettings,
     "sealing": SealingSettings,
     "turns": TurnSettings,

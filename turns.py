@@ -28,8 +28,9 @@ from history import sealable
 from leases import Leases
 from metrics import Metrics
 from needs import Need
-from past import REASONING, OwnPlace, Pasts, Patience
-from records import Notes, identified, new_turn
+from past import REASONING, Pasts, Patience, Place
+from records import Notes, decoded, identified, new_items, new_turn
+from remembered import LaneMemory, Remembered
 from replay import replayed
 from request import TurnRequest, echo
 from routing import Upstreams
@@ -71,11 +72,16 @@ class Means:
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """A validated request, who sent it, and the Idempotency-Key that it is the first use of."""
+    """A validated request, who sent it, and the Idempotency-Key that it is the first use of.
+
+    `lane`: the memory of the connection that it came by, if it has one. Without `generates` no model is asked.
+    """
 
     request: TurnRequest
     caller: Caller
     first_use: FirstUse | None = None
+    lane: LaneMemory | None = None
+    generates: bool = True
 
 
 # Puts a turn into the store, and with it the events before the terminal one; whether it was still ours to be put there.
@@ -85,14 +91,14 @@ Save = Callable[[NewTurn, list[Event]], Awaitable[bool]]
 class Course(msgspec.Struct, frozen=True):
     """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept.
 
-    `place`: of a response that stands in its chain already.
+    `place`: of a response that stands in its chain already, or in a lane of a connection.
     """
 
     begun: Json
     item_ids: ItemIds
     save: Save | None
     first_number: int = 0
-    place: OwnPlace | None = None
+    place: Place | None = None
 
 
 class Turns:
@@ -113,10 +119,11 @@ class Turns:
 
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
-        course = course or self._own_course(asked.request)
+        course = course or self._own_course(asked.request, asked.lane)
         past = await self.pasts.of(asked.request, asked.caller.owner, course.place)
         try:
-            ready = await self.renderer.rendered(asked.request, past.window, past.left_out)
+            render = self.renderer.rendered if asked.generates else self.renderer.ready
+            ready = await render(asked.request, past.window, past.left_out)
             prompt = Prompt(asked.request, asked.caller, past, ready.way)
             fit = Fit(self.fitter, prompt, ready, course.item_ids)
             return self._turn(asked, course, ready, fit)
@@ -141,10 +148,10 @@ class Turns:
         failed = {"status": "failed", "error": error.to_response_error()}
         return replayed({**self._own_course(request).begun, **failed})
 
-    def _own_course(self, request: TurnRequest) -> Course:
+    def _own_course(self, request: TurnRequest, lane: LaneMemory | None = None) -> Course:
         response_id = self._means.sources.new_id("resp")
         begun = begin(request, response_id, int(self._means.sources.clock()))
-        return Course(begun, ItemIds(response_id), self._save if request.is_stored else None)
+        return Course(begun, ItemIds(response_id), self._save if request.is_stored else None, place=lane)
 
     async def _save(self, turn: NewTurn, closing: list[Event]) -> bool:
         await self._means.leases.store.save(turn)
@@ -154,7 +161,8 @@ class Turns:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
         keeper = Keeper(asked, fit, course, self.ahead)
-        return Turn(fit, machine, keeper, self._settings.created_after_ms / 1000)
+        kind = Turn if asked.generates else WarmUp
+        return kind(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
     def _plan(self, asked: Asked, ready: Ready, fit: Fit, first_number: int) -> StreamPlan:
         request, rendered = asked.request, ready.rendered
@@ -167,7 +175,7 @@ class Turns:
             think=ready.way.upstream.settings.think,
             silent=not request.stream,
             first_number=first_number,
-            is_mere=fit.is_mere,
+            is_mere=fit.is_mere or not asked.generates,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(fit.body)) // BYTES_PER_TOKEN,
         )
@@ -199,7 +207,7 @@ def begin(request: TurnRequest, response_id: str, created_at: int) -> Json:
 
 
 class Keeper(msgspec.Struct, frozen=True):
-    """Puts the response of one turn into the store."""
+    """Puts the response of one turn into the store, and into the memory of its connection."""
 
     asked: Asked
     fit: Fit
@@ -208,14 +216,27 @@ class Keeper(msgspec.Struct, frozen=True):
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
-        save = self.course.save
-        if save is None:
+        save, lane = self.course.save, self.asked.lane
+        if save is None and lane is None:
             return
+        turn = self._new_turn(machine)
+        if save is not None:
+            await self._save(save, turn, closing)
+        if lane is not None:
+            lane.keep(turn, self.fit.prompt.past.given)
+
+    def _new_turn(self, machine: ResponseStream) -> NewTurn:
         past, response = self.fit.prompt.past, machine.snapshot()
         inputs = identified(past.own, self.course.item_ids)
         items = self.fit.window_items(response["output"]) if self.asked.request.conversation_id else None
         notes = Notes(self.fit.ignored, self.fit.window_tokens(machine.counted), items)
-        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
+        return new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
+
+    async def _save(self, save: Save, turn: NewTurn, closing: list[Event]) -> None:
+        past = self.fit.prompt.past
+        if isinstance(past.given, Remembered):  # the store cannot link to what it does not have
+            earlier = new_items(decoded(past.given.items))
+            turn = msgspec.structs.replace(turn, previous_id=None, inputs=(*earlier, *turn.inputs))
         lease = None if turn.is_detached else past.lease
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
@@ -451,6 +472,16 @@ class Turn:
             accepting.cancel()
             accepting.add_done_callback(_closed)  # holds even when this is cancelled
             await asyncio.wait({accepting})
+
+
+class WarmUp(Turn):
+    """A turn without an answer: it is checked, kept and told of, and no backend is asked."""
+
+    async def accept(self) -> None:
+        pass
+
+    async def _made(self) -> AsyncGenerator[list[Event], None]:
+        yield await self._finished()
 
 
 def _closed(accepting: asyncio.Task[ChatStream | Need]) -> None:

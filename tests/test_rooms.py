@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "frames": (1, 100, {"orjson"}),
     "metrics": (1, 100, {"prometheus_client"}),
     "logs": (1, 100, set()),
+    "stream_lanes": (1, 150, set()),
     "run_tables": (1, 100, set()),
     "schema": (1, 150, set()),
     "lanes": (1, 200, {"aiosqlite"}),
@@ -60,12 +61,13 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "routing": (2, 150, set()),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
+    "remembered": (3, 150, set()),
     "history": (3, 150, {"orjson"}),
     "counting": (3, 300, {"orjson"}),
     "folding": (3, 200, {"msgspec", "orjson"}),
     "compaction": (4, 450, {"msgspec", "orjson"}),
     "summaries": (4, 200, {"orjson"}),
-    "past": (4, 200, {"msgspec"}),
+    "past": (4, 220, {"msgspec"}),
     "dispatch": (4, 150, {"msgspec"}),
     "event_log": (4, 250, set()),
     "weighing": (5, 200, {"msgspec", "orjson"}),
@@ -75,6 +77,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "turns": (5, 500, {"msgspec", "orjson"}),
     "background": (6, 450, {"msgspec"}),
     "answers": (6, 300, {"orjson"}),
+    "sockets": (6, 450, {"msgspec", "orjson"}),
     "stored": (7, 400, {"msgspec", "orjson"}),
     "windows": (7, 150, {"msgspec"}),
     "settings": (7, 250, {"msgspec"}),
@@ -83,7 +86,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "commands": (8, 200, set()),
     "proxy": (9, 300, {"uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"edge", "services", "turns", "background", "items", "lanes"}
+ROOMS_WITH_BROAD_EXCEPT = {"edge", "services", "turns", "background", "items", "lanes", "sockets"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
