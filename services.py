@@ -19,6 +19,8 @@ from typing import Any
 
 from auth import Owners
 from background import Background
+from carrier import Carrier
+from catalogue import Catalogue
 from counting import Counter, by_vocabulary
 from errors import StoreError
 from keys import KeyFile, load_keys
@@ -55,6 +57,8 @@ class Services:
     background: Background
     stored: Stored
     windows: Windows
+    catalogue: Catalogue
+    carrier: Carrier
     once: Once
     owners: Owners
     metrics: Metrics
@@ -80,6 +84,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
         services = await make_services(settings, store, means)
         stack.push_async_callback(services.turns.ahead.close)
+        stack.push_async_callback(services.catalogue.close)
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
         means.counter.remember(await store.learned())
@@ -133,7 +138,10 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     background = Background(store, turns, means, settings.background)
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
-    return Services(turns, background, stored, windows, Once(means.leases), owners, means.metrics, means.sources)
+    catalogue, carrier = Catalogue(means.upstreams), Carrier(means.upstreams, settings.limits.body_bytes)
+    return Services(
+        turns, background, stored, windows, catalogue, carrier, Once(means.leases), owners, means.metrics, means.sources
+    )
 
 
 @contextlib.contextmanager
