@@ -27,7 +27,7 @@ OURS = frozenset((b"responses", b"conversations"))
 REFUSED_METHODS = frozenset(("CONNECT", "TRACE"))
 DOTS = frozenset((b".", b".."))
 SEPARATORS = re.compile(rb"[/\\]")
-UNSAFE_BYTES = re.compile(rb"[^\x21-\x7e]")
+NOT_IN_PATH, NOT_IN_QUERY = re.compile(rb"[^\x21-\x7e]|[?#]"), re.compile(rb"[^\x21-\x7e]|#")
 # How often a path may have been encoded before it is given up as one that hides something.
 DECODED_TIMES = 3
 
@@ -42,7 +42,7 @@ def target_of(method: str, raw_path: bytes, query: bytes) -> str:
             raise InvalidRequest("The path must not have segments of dots.")
         if next(filter(None, segments), b"").lower() in OURS:
             raise NotFound("Unknown request URL or method.")
-    return _escaped(path) + (f"?{_escaped(query)}" if query else "")
+    return _escaped(NOT_IN_PATH, path) + (f"?{_escaped(NOT_IN_QUERY, query)}" if query else "")
 
 
 def _without_prefix(raw_path: bytes) -> bytes:
@@ -61,8 +61,8 @@ def _readings(path: bytes) -> Iterable[list[bytes]]:
     raise InvalidRequest("The path is encoded too many times.")
 
 
-def _escaped(text: bytes) -> str:
-    return UNSAFE_BYTES.sub(lambda found: b"%%%02X" % ord(found[0]), text).decode("ascii")
+def _escaped(unsafe: re.Pattern[bytes], text: bytes) -> str:
+    return unsafe.sub(lambda found: b"%%%02X" % ord(found[0]), text).decode("ascii")
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------
