@@ -43,7 +43,7 @@ class Relay:
         self, session: aiohttp.ClientSession, base_url: str, limits: StreamLimits, connect_timeout_s: float
     ) -> None:
         self._session = session
-        self._base_url = base_url
+        self._base_url = str(URL(base_url)).rstrip("/")  # with the host as it is on the wire
         self._limits = limits
         self._where = f"Upstream '{limits.name}' at {URL(base_url).authority.rpartition('@')[2]}"
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)

@@ -9,14 +9,14 @@ import hashlib
 import io
 import json
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from conftest import App, no_task_is_left, running_app, settings_of
+from conftest import App, llamacpp_server, no_task_is_left, running_app, settings_of
 from openai import AsyncOpenAI
 from raw_backend import RawBackend, Seen, framed, head, whole
 from scripted import DEADLINE_S, DONE, chunk
@@ -799,6 +799,22 @@ async def test_llamacpp_lists_its_model_and_an_alias(real: AsyncOpenAI) -> None:
     assert (await real.models.retrieve("gpt-5")).owned_by == "llamacpp"
 
 
-async def test_llamacpp_says_itself_that_it_has_no_embeddings(real: AsyncOpenAI) -> None:
+async def test_llamacpp_says_itself_what_it_does_not_have(real: AsyncOpenAI) -> None:
     with pytest.raises(openai.APIStatusError, match="embeddings"):
         await real.embeddings.create(model="tiny-think", input="Hi")
+    with pytest.raises(openai.APIStatusError, match="reranking"):
+        await real.post("/rerank", body={"model": "tiny-think", "query": "Hi", "documents": ["a"]}, cast_to=object)
+
+
+@pytest.fixture
+def embedding_llamacpp() -> Iterator[str]:
+    with llamacpp_server("--embeddings") as url:
+        yield url
+
+
+async def test_llamacpp_embeds_through_the_proxy_as_without_it(embedding_llamacpp: str) -> None:
+    async with AsyncOpenAI(base_url=embedding_llamacpp, api_key="x", max_retries=0) as bare:
+        expected = await bare.embeddings.create(model="tiny-think", input=["Hi", "there"])
+    async with running_app(settings_of(embedding_llamacpp)) as app:
+        found = await app.openai.embeddings.create(model="tiny-think", input=["Hi", "there"])
+    assert found.data == expected.data
