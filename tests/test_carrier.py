@@ -358,11 +358,10 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(raw: RawBackend, app
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_declared_body_over_the_limit_reaches_no_backend(raw: RawBackend, start: StartRaw) -> None:
+async def test_a_declared_body_over_the_limit_is_refused_before_it_is_sent(raw: RawBackend, start: StartRaw) -> None:
     app = await start(limits={"body_bytes": 1000})
-    async with app.post(b" " * 1001, "/v1/embeddings") as answer:
-        assert (await error_of(answer, 413))["code"] == "request_too_large"
-    assert [seen for seen in raw.seen if seen.method == "POST"] == []
+    assert await status_of(app, b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 1001\r\n\r\n") == 413
+    assert raw.seen == []
 
 
 async def test_a_body_that_grows_over_the_limit_is_stopped_on_its_way(raw: RawBackend, start: StartRaw) -> None:
@@ -431,7 +430,9 @@ async def test_a_client_that_leaves_in_its_upload_ends_the_request_of_the_backen
         head(**EVENTS),
     ],
 )
-async def test_an_answer_that_breaks_off_is_cut_and_not_ended(raw: RawBackend, app: App, begin: bytes) -> None:
+async def test_an_answer_that_breaks_off_is_cut_and_not_ended(
+    raw: RawBackend, app: App, caplog: pytest.LogCaptureFixture, begin: bytes
+) -> None:
     async def answer(seen: Seen) -> None:
         await seen.read()
         await seen.write(begin)
@@ -442,6 +443,8 @@ async def test_an_answer_that_breaks_off_is_cut_and_not_ended(raw: RawBackend, a
         assert answered.status == 200
         with pytest.raises(aiohttp.ClientPayloadError):
             await answered.read()
+    assert "an answer was cut: Upstream 'default' closed the connection" in caplog.text
+    assert "fault of this program" not in caplog.text
 
 
 async def test_a_silent_answer_is_cut(raw: RawBackend, start: StartRaw, caplog: pytest.LogCaptureFixture) -> None:
@@ -510,16 +513,33 @@ async def test_what_is_no_answer_is_a_502(raw: RawBackend, app: App, line: bytes
         await error_of(answered, 502)
 
 
-async def test_a_connection_that_was_closed_in_the_pool_is_not_noticed(raw: RawBackend, app: App) -> None:
-    async def answer(seen: Seen) -> None:
-        await whole()(seen)
-        if len(raw.seen) % 2 == 0:
-            seen.writer.close()
+def once_a_connection() -> Callable[[Seen], Awaitable[None]]:
+    """Answers the first request of a connection, and closes it at the second one."""
+    used = set[asyncio.StreamWriter]()
 
-    raw.answer = answer
-    for _ in range(6):
+    async def answer(seen: Seen) -> None:
+        if seen.writer in used:
+            seen.writer.close()
+            return
+        used.add(seen.writer)
+        await whole()(seen)
+
+    return answer
+
+
+async def test_a_connection_that_was_closed_in_the_pool_is_not_noticed(raw: RawBackend, app: App) -> None:
+    raw.answer = once_a_connection()
+    for _ in range(3):
         async with app.post(CHAT, "/v1/chat/completions") as answered:
             assert answered.status == 200
+    assert len(raw.seen) == 5
+
+
+async def test_a_body_that_was_on_its_way_is_not_sent_again(raw: RawBackend, app: App) -> None:
+    raw.answer = once_a_connection()
+    statuses = [await post_pieces(app, 40, [0]) for _ in range(3)]
+    assert statuses == [200, 502, 200]
+    assert len(raw.seen) == 3
 
 
 # -- who asks ----------------------------------------------------------------------------------------------------------

@@ -100,10 +100,20 @@ async def test_what_would_be_routed_to_a_backend_is_listed_with_its_aliases(
 
 
 async def test_an_alias_hides_a_model_of_that_name_and_nothing_is_listed_twice(one: RawBackend, start: Start) -> None:
-    one.answer = listing(entry("a", owned_by="x"), entry("b"), entry("b", owned_by="y"), {"object": "model"}, 5)
+    one.answer = listing(entry("a", owned_by="x"), entry("b", x=1), entry("b", owned_by="y"), {"object": "model"}, 5)
     app = await start({"base_url": one.url, "aliases": {"a": "b", "b": "b"}})
     async with app.http.get(f"{app.url}/v1/models") as answer:
-        assert (await answer.json())["data"] == [entry("b"), entry("a")]
+        assert (await answer.json())["data"] == [entry("b", x=1), entry("a")]
+
+
+async def test_a_name_that_an_earlier_backend_takes_is_listed_as_its_own(
+    one: RawBackend, two: RawBackend, start: Start
+) -> None:
+    first = {"base_url": one.url, "models": ("*-5", "a")}
+    app = await start(
+        first, {"base_url": two.url, "models": ("big-*",), "aliases": {"gpt-5": "big-1", "gpt-6": "big-1"}}
+    )
+    assert await names(app) == ["a", "org/b", "big-1", "gpt-6"]
 
 
 @pytest.mark.parametrize(
