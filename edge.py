@@ -42,6 +42,7 @@ from event_log import Follower
 from frames import DONE, encode
 from logs import REQUEST_ID, one_line
 from metrics import CONTENT_TYPE
+from passing import WITHOUT_PREFIX
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
@@ -104,6 +105,16 @@ class Exchange(NamedTuple):
 def header(scope: Scope, name: bytes) -> str | None:
     value: bytes | None = scope["header_values"].get(name)
     return None if value is None else value.decode("latin-1")
+
+
+def wants_websocket(scope: Scope) -> bool:
+    return (header(scope, b"upgrade") or "").lower() == "websocket"
+
+
+def no_upgrade() -> Response:
+    """What makes clients fall back to HTTP."""
+    error = no_websocket()
+    return json_response(error.to_wire(), error.http_status, {"upgrade": "HTTP/1.1"})
 
 
 class Edge:
@@ -205,9 +216,8 @@ class Edge:
 
     async def visit(self, request: Request, work: Work) -> ASGIApp:
         """Everything that reads or writes stored objects; an upgrade comes here from a server without WebSockets."""
-        if request.headers.get("upgrade", "").lower() == "websocket":
-            error = no_websocket()
-            return json_response(error.to_wire(), error.http_status, {"upgrade": "HTTP/1.1"})
+        if wants_websocket(request.scope):
+            return no_upgrade()
         caller = self._services.owners.caller(request.headers.get("authorization"))
         raw = b""
         if request.method == "POST":
@@ -228,6 +238,24 @@ class Edge:
         names = {name.decode(): value.decode() for name, value in ignored_headers(told.ignored)}
         return json_response(told.body, headers=names)
 
+    async def models(self, request: Request) -> ASGIApp:
+        """GET /v1/models and /v1/models/{id}; what else may be done to a model goes through."""
+        if request.method not in ("GET", "HEAD"):
+            return self.pass_on
+        caller = self._services.owners.caller(request.headers.get("authorization"))
+        catalogue, model = self._services.catalogue, request.path_params.get("model")
+        async with Watched(request.receive):
+            told = await (catalogue.entry(caller, model) if model else catalogue.listed(caller))
+        return json_response(told)
+
+    async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is no route of ours goes through to a backend as it is. Raises: NotFound for what may not."""
+        if wants_websocket(scope):
+            await no_upgrade()(scope, receive, send)
+            return
+        caller = self._services.owners.caller(header(scope, b"authorization"))
+        await self._services.carrier.carry(scope, receive, send, caller)
+
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
         return json_response({"status": "ok"})
@@ -236,6 +264,11 @@ class Edge:
         """GET /metrics."""
         queue = await self._services.background.store.queue()
         return Response(self._services.metrics.text(queue.queued, queue.running), media_type=CONTENT_TYPE)
+
+
+MODEL_PATHS = ("/models", "/models/{model:path}")
+MODEL_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+PASSED_PATHS = tuple(sorted(path.decode() for path in WITHOUT_PREFIX))
 
 
 def routes(edge: Edge) -> list[Route]:
@@ -250,12 +283,14 @@ def routes(edge: Edge) -> list[Route]:
             Route(prefix + path, partial(edge.window, work=window_work), methods=[method])
             for (method, path), window_work in WINDOW_ROUTES.items()
         ]
+        found += [Route(prefix + path, edge.models, methods=MODEL_METHODS) for path in MODEL_PATHS]
     return found
 
 
 def direct_routes(edge: Edge) -> dict[tuple[str, str], ASGIApp]:
     """The routes that every turn takes: found by one look, and answered without the framework."""
-    return {("POST", f"{prefix}/responses"): edge.create for prefix in ("/v1", "")}
+    served = {"/responses": edge.create} | dict.fromkeys(PASSED_PATHS, edge.pass_on)
+    return {("POST", prefix + path): route for prefix in ("/v1", "") for path, route in served.items()}
 
 
 def response_to(error: Exception, request_id: str) -> Response:
@@ -282,7 +317,7 @@ class Outermost:
     def __init__(self, edge: Edge, new_id: Callable[[str], str]) -> None:
         self._direct = direct_routes(edge)
         self._routes = routes(edge)
-        self._router = Router(self._routes, redirect_slashes=False)
+        self._router = Router(self._routes, redirect_slashes=False, default=edge.pass_on)
         self._sockets = edge.sockets
         self._new_id = new_id
 

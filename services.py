@@ -19,6 +19,8 @@ from typing import Any
 
 from auth import Owners
 from background import Background
+from carrier import Carrier
+from catalogue import Catalogue
 from counting import Counter, by_vocabulary
 from errors import StoreError
 from keys import KeyFile, load_keys
@@ -57,6 +59,8 @@ class Services:
     stored: Stored
     windows: Windows
     sockets: Sockets
+    catalogue: Catalogue
+    carrier: Carrier
     once: Once
     owners: Owners
     metrics: Metrics
@@ -82,6 +86,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
         services = await make_services(settings, store, means)
         stack.push_async_callback(services.turns.ahead.close)
+        stack.push_async_callback(services.catalogue.close)
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
         means.counter.remember(await store.learned())
@@ -137,8 +142,19 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
     limits, new_id = settings.limits, means.sources.new_id
     sockets = Sockets(SocketMeans(turns, settings.websocket, limits, limits.body_bytes, new_id), owners)
-    once = Once(means.leases)
-    return Services(turns, background, stored, windows, sockets, once, owners, means.metrics, means.sources)
+    return Services(
+        turns=turns,
+        background=background,
+        stored=stored,
+        windows=windows,
+        sockets=sockets,
+        catalogue=Catalogue(means.upstreams),
+        carrier=Carrier(means.upstreams, limits.body_bytes),
+        once=Once(means.leases),
+        owners=owners,
+        metrics=means.metrics,
+        sources=means.sources,
+    )
 
 
 @contextlib.contextmanager

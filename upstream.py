@@ -30,6 +30,7 @@ from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeo
 from gates import NO_TERMS, Gate, Guard, Hold, Observer, Terms
 from looks import Look
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
+from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
@@ -46,8 +47,6 @@ NOT_IN_TIME = 408
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
 # How long an idle connection is kept: less than the 5 s after which uvicorn and llama.cpp close theirs.
 KEEP_IDLE_S = 4.0
-# A body from this size on goes out in pieces, so that it does not hold up the others.
-LARGE_BODY_BYTES = 1024 * 1024
 # The largest part of an error body that is read.
 ERROR_BODY_BYTES = 64 * 1024
 
@@ -113,6 +112,7 @@ class Upstream:
         self._stream_limits = settings.stream_limits
         self._guard = guard_of(settings, observer)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
+        self._relay = Relay(session, self._base_url, self._stream_limits, settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
         self._looks = Look(self._look)
@@ -156,6 +156,12 @@ class Upstream:
     async def looked(self) -> None:
         """When the look that is under way has been made; it is not waited for long."""
         await self._looks.wait()
+
+    async def models(self, passed: Headers = NOTHING_PASSED) -> list[Json]:
+        """The entries of its list of models, as they are. Raises: UpstreamError."""
+        asking = self._send("GET", "/models", None, self._headers_for(passed))
+        _, told = await self._read_json(asking, self.settings.connect_timeout_s)
+        return entries(told, "data")
 
     async def _look(self) -> None:
         with contextlib.suppress(UpstreamError):
@@ -297,6 +303,12 @@ class Upstream:
             except TimeoutError as error:
                 raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
             return ChatStream(answer, self._stream_limits, hold.keep())
+
+    async def relay(self, asked: Outgoing, passed: Headers = NOTHING_PASSED) -> Relayed:
+        """A request as a client made it, with the headers of the settings, and any answer. Raises: UpstreamError."""
+        headers = self._headers_for(passed).copy()
+        headers.popall("Content-Type", None)
+        return await self._relay.open(asked, headers)
 
     async def _post(self, body: Json, passed: Headers) -> aiohttp.ClientResponse:
         attempt = 0

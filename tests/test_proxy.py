@@ -214,7 +214,7 @@ async def test_an_input_without_anything_for_the_model_is_a_400(app: App) -> Non
 
 
 async def test_an_unknown_route_is_a_404(app: App) -> None:
-    async with app.post(HI, "/v1/answers") as answer:
+    async with app.post(HI, "/answers") as answer:
         error = await error_of(answer, 404)
     assert error["type"] == "invalid_request_error"
 
