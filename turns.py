@@ -28,6 +28,7 @@ from leases import Leases
 from metrics import Metrics
 from needs import Need
 from past import REASONING, OwnPlace, Pasts, Patience
+from quotas import Quotas
 from records import Notes, identified, new_turn
 from replay import replayed
 from request import TurnRequest, echo
@@ -69,6 +70,7 @@ class Means:
     watcher: Watcher
     counter: Counter
     metrics: Metrics
+    quotas: Quotas | None = None
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -154,7 +156,7 @@ class Turns:
     def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, fit, course, ready.ignored, self.ahead)
+        keeper = Keeper(asked, fit, course, ready.ignored, self.ahead, self._means.quotas)
         return Turn(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
     def _plan(self, asked: Asked, ready: Ready, fit: Fit, first_number: int) -> StreamPlan:
@@ -207,6 +209,12 @@ class Keeper(msgspec.Struct, frozen=True):
     course: Course
     ignored: tuple[str, ...]
     ahead: Ahead
+    quotas: Quotas | None
+
+    def count(self, machine: ResponseStream) -> None:
+        """Tells the quotas what the turn took, compaction and all."""
+        if self.quotas is not None and (usage := machine.snapshot()["usage"]):
+            self.quotas.spent(self.asked.caller.owner, usage["total_tokens"])
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
@@ -251,6 +259,7 @@ class Turn:
             if not self._fit.is_mere:
                 self._machine.feed(await self._completion())
             self._machine.close()
+            self._keeper.count(self._machine)
             await self._keeper.keep(self._machine, [])
             self._learn()
             return self._machine.snapshot()
@@ -369,6 +378,7 @@ class Turn:
     async def _finished(self) -> list[Event]:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
+        self._keeper.count(self._machine)
         saving = asyncio.ensure_future(self._keeper.keep(self._machine, last))
         try:
             await asyncio.shield(saving)
