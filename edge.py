@@ -241,6 +241,7 @@ class Edge:
         if not isinstance(answer, Follower):
             return json_response(answer)
         if request.method == "HEAD":
+            await answer.close()
             return Response(headers={name.decode(): value.decode() for name, value in EVENT_STREAM_HEADERS})
         unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
         return EventStream(answer, ignored_headers(unused), self._keepalive_s)

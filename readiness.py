@@ -90,7 +90,7 @@ class Readiness:
 
 def _said(error: ProxyError) -> str:
     if isinstance(error, UpstreamRefused):
-        return f"answered {error.http_status}"
+        return f"answered {error.http_status}" if error.http_status < 500 else "answered with an error"
     if isinstance(error, UpstreamTimeout):
         return TOO_LATE
     return "cannot be reached" if isinstance(error, UpstreamUnreachable) else "did not answer with a list of models"
