@@ -81,6 +81,16 @@ async def test_after_the_wait_that_was_told_one_is_free_and_no_more(clock: Clock
         await refusal_of(quotas)
 
 
+@pytest.mark.parametrize("limit", range(1, 100, 7))
+async def test_one_is_free_when_its_part_of_a_minute_is_over(clock: Clock, limit: int) -> None:
+    quotas = OwnQuotas(QuotaSettings(requests_per_minute=limit), clock)
+    for _ in range(limit):
+        await quotas.admit("alice")
+    for _ in range(100):
+        clock.now += 60 / limit
+        await quotas.admit("alice")
+
+
 async def test_what_is_refused_is_not_counted(clock: Clock) -> None:
     quotas = OwnQuotas(QuotaSettings(requests_per_minute=1, in_flight_per_owner=1), clock)
     await quotas.admit("alice")
