@@ -17,6 +17,8 @@ PAGE_SCHEMES = frozenset({"http", "https"})
 # Ends of names that no page of the internet can have. Source: RFC 6761, RFC 6762, RFC 8375, ICANN on .internal.
 LOCAL_ENDS = (".localhost", ".local", ".internal", ".home.arpa")
 SHOWN_CHARACTERS = 100
+# How many names and addresses are remembered.
+WELCOME = 100
 
 
 class Origins:
@@ -26,11 +28,15 @@ class Origins:
         self._named = frozenset(named)
         # A page below a name that is named here is the proxy's own, so its name is one of the proxy's.
         self._own_names = frozenset(_name(_place(origin)) for origin in named)
+        # The names and addresses that programs used lately and may use: most requests are like one before.
+        self._welcome: set[tuple[bytes, str]] = set()
 
     def check(self, headers: Mapping[bytes, bytes], listens_on: str) -> None:
         """`listens_on`: the address of this machine that the request came to. Raises: ForeignOrigin."""
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        given = headers.get(b"origin")
+        given, way = headers.get(b"origin"), (headers.get(b"host", b""), listens_on)
+        if given is None and way in self._welcome:
+            return
+        host = way[0].decode("latin-1").lower()
         if given is not None and self._is_foreign(given.decode("latin-1").lower(), host):
             shown = given.decode("ascii", "replace")[:SHOWN_CHARACTERS]
             raise ForeignOrigin(f"Requests of web pages from {shown!r} are not allowed: see server.cors_origins.")
@@ -39,6 +45,8 @@ class Origins:
                 f"{host[:SHOWN_CHARACTERS]!r} is not known as a name of this proxy: name its origin in "
                 "server.cors_origins, or set auth.mode."
             )
+        if len(self._welcome) < WELCOME:
+            self._welcome.add(way)
 
     def _is_foreign(self, origin: str, host: str) -> bool:
         """A page of another site; programs of this machine have schemes of their own, or pages on its loopback."""

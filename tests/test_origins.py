@@ -60,6 +60,13 @@ def test_a_page_that_is_named_is_not_refused(origin: str) -> None:
     assert not refused_by(Origins((CHAT, "null")), origin)
 
 
+def test_who_was_welcome_before_makes_nobody_else_welcome() -> None:
+    origins = Origins(())
+    told = [refused_by(origins, None) for _ in range(2)] + [refused_by(origins, None, "evil.example", LAN)]
+    others = [("https://evil.example", "127.0.0.1:8080"), (None, "evil.example"), ("null", "127.0.0.1:8080")]
+    assert told + [refused_by(origins, origin, host) for origin, host in others] == [False] * 3 + [True] * 3
+
+
 @pytest.mark.parametrize("origin", [f"{CHAT}:444", "http://chat.example", "https://x.chat.example"])
 def test_a_page_is_named_whole(origin: str) -> None:
     assert refused_by(Origins((CHAT,)), origin)

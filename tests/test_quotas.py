@@ -345,6 +345,19 @@ async def test_a_background_response_is_in_flight_until_it_is_queued(
         await first.read()
 
 
+async def test_an_answer_that_is_given_again_is_not_in_flight(start_app: StartApp, backend: Backend) -> None:
+    app = await start_app(limits={"in_flight_per_owner": 1})
+    goes_on = asyncio.Event()
+    backend.script(Script(streamed("Hello").steps, before=goes_on))
+    body, key = {**HI, "background": True, "stream": True}, {"idempotency-key": "one"}
+    async with app.post(body, headers=key), app.post(body, headers=key) as again:
+        assert again.headers["idempotent-replayed"] == "true"
+        async with app.post({**HI, "background": True}) as answer:
+            assert answer.status == 200
+        goes_on.set()
+        await again.read()
+
+
 @pytest.mark.parametrize("extra", [{}, {"stream": True}], ids=str)
 async def test_the_tokens_of_a_turn_count_for_its_owner(start_app: StartApp, backend: Backend, extra: Any) -> None:
     app = await start_app(limits={"tokens_per_minute": 18})
