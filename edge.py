@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route, Router
@@ -33,30 +34,37 @@ from answers import (
     read_body,
     send_json,
 )
+from auth import Caller
 from errors import (
+    ForeignOrigin,
     MethodNotAllowed,
     NotFound,
     ProxyError,
+    RateLimited,
 )
 from event_log import Follower
 from frames import DONE, encode
 from logs import REQUEST_ID, one_line
 from metrics import CONTENT_TYPE
+from origins import Origins, origins_of
 from passing import WITHOUT_PREFIX
+from quotas import Admission
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
 from services import Services
 from settings import Settings
-from sockets import no_websocket
+from sockets import no_websocket, refuse_upgrade
 from stored import STORED_ROUTES, Visit, Work
 from turns import Asked, Turn
 from verbs import KeptResponse
-from windows import WINDOW_ROUTES
+from windows import LIGHT_WORK, WINDOW_ROUTES
 from windows import Work as WindowWork
 
 log = logging.getLogger("responses_proxy.edge")
 
+# How long a browser remembers what pages may do.
+PREFLIGHT_KEPT_S = 600
 CLIENT_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
@@ -125,13 +133,38 @@ class Edge:
         self._services = services
         self._limits = settings.limits
         self._keepalive_s = settings.server.keepalive_s
+        self._quotas = services.quotas
+        self.origins = origins_of(settings.server.cors_origins, settings.auth.mode)
+
+    async def admitted(self, scope: Scope, owner: str, *, is_held: bool = True) -> Admission:
+        """The right to have a backend work for an owner; what is left of its quotas goes into the answer's headers.
+
+        Raises: RateLimited.
+        """
+        if self._quotas is None:
+            return Admission([])
+        try:
+            admission = await self._quotas.admit(owner, is_held=is_held)
+        except RateLimited as error:
+            scope["answer_headers"] += error.headers
+            raise
+        scope["answer_headers"] += admission.headers
+        scope["admission"] = admission
+        return admission
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/responses."""
-        limits = self._limits
         exchange = Exchange(scope, receive, send)
         caller = self._services.owners.caller(header(scope, b"authorization"))
-        raw = await read_body(scope, receive, limits.body_bytes)
+        if self._quotas is None:
+            await self._create(exchange, caller)
+        else:
+            with await self.admitted(scope, caller.owner):
+                await self._create(exchange, caller)
+
+    async def _create(self, exchange: Exchange, caller: Caller) -> None:
+        scope, limits = exchange.scope, self._limits
+        raw = await read_body(scope, exchange.receive, limits.body_bytes)
         request = parse_request(parse_body(raw, limits), limits)
         key = header(scope, b"idempotency-key")
         if key is None:
@@ -185,6 +218,7 @@ class Edge:
         """A run that was admitted is carried out whether or not its client stays."""
         background = self._services.background
         response, ignored = await background.admit(asked)
+        let_go(exchange.scope)
         headers = ignored_headers(ignored)
         if asked.request.stream:
             await self._stream(exchange, background.logs.followed(asked.caller.owner, response), headers)
@@ -202,6 +236,7 @@ class Edge:
             await claim.release()
 
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
+        let_go(exchange.scope)
         response, ignored = restored(earlier), ignored_of(earlier)
         headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
         logs = self._services.background.logs
@@ -226,15 +261,19 @@ class Edge:
         answer = await work(self._services.stored, visit)
         if not isinstance(answer, Follower):
             return json_response(answer)
+        if request.method == "HEAD":
+            await answer.close()
+            return Response(headers={name.decode(): value.decode() for name, value in EVENT_STREAM_HEADERS})
         unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
         return EventStream(answer, ignored_headers(unused), self._keepalive_s)
 
     async def window(self, request: Request, work: WindowWork) -> Response:
         """Counts and compactions: a client that leaves stops them."""
         caller = self._services.owners.caller(request.headers.get("authorization"))
-        raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
-        async with Watched(request.receive):
-            told = await work(self._services.windows, caller, raw)
+        with await self.admitted(request.scope, caller.owner, is_held=work not in LIGHT_WORK):
+            raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
+            async with Watched(request.receive):
+                told = await work(self._services.windows, caller, raw)
         names = {name.decode(): value.decode() for name, value in ignored_headers(told.ignored)}
         return json_response(told.body, headers=names)
 
@@ -254,11 +293,17 @@ class Edge:
             await no_upgrade()(scope, receive, send)
             return
         caller = self._services.owners.caller(header(scope, b"authorization"))
-        await self._services.carrier.carry(scope, receive, send, caller)
+        with await self.admitted(scope, caller.owner):
+            await self._services.carrier.carry(scope, receive, send, caller)
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""
         return json_response({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /readyz: requests are welcome here."""
+        is_ready, told = await self._services.readiness.told()
+        return json_response(told, 200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
@@ -273,7 +318,11 @@ PASSED_PATHS = tuple(sorted(path.decode() for path in WITHOUT_PREFIX))
 
 def routes(edge: Edge) -> list[Route]:
     """The same routes with and without `/v1`, for clients whose base URL leaves it out."""
-    found: list[Route] = [Route("/healthz", edge.health), Route("/metrics", edge.metrics)]
+    found: list[Route] = [
+        Route("/healthz", edge.health),
+        Route("/readyz", edge.ready),
+        Route("/metrics", edge.metrics),
+    ]
     for prefix in ("/v1", ""):
         found += [
             Route(prefix + path, partial(edge.visit, work=work), methods=[method])
@@ -319,28 +368,31 @@ class Outermost:
         self._routes = routes(edge)
         self._router = Router(self._routes, redirect_slashes=False, default=edge.pass_on)
         self._sockets = edge.sockets
+        self._origins = edge.origins
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["header_values"] = dict(scope["headers"])
         request_id = scope["request_id"] = _request_id(scope) or self._new_id("req")
         REQUEST_ID.set(request_id)
+        added = scope["answer_headers"] = [(b"x-request-id", request_id.encode())]
         if scope["type"] == "websocket":
-            await self._sockets(scope, receive, send)
+            await self._socket(scope, receive, send)
             return
         scope["app"] = self  # the router raises its 404 and 405 only inside an application
-        header = (b"x-request-id", request_id.encode())
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], header]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
+            if self._origins is not None:
+                refuse_foreign(self._origins, scope)
             route = self._direct.get((scope["method"], path), self._router)
             await route(scope, receive, send_with_id)
         except Exception as error:
@@ -357,6 +409,54 @@ class Outermost:
         found = [route.methods or () for route in self._routes if route.matches(scope)[0] is not Match.NONE]
         direct = {method for method, direct_path in self._direct if direct_path == path}
         return direct.union(*found)
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Browsers let any page open one, so the page is looked at here."""
+        try:
+            if self._origins is not None:
+                refuse_foreign(self._origins, scope)
+        except ForeignOrigin as error:
+            await receive()
+            await refuse_upgrade(scope, send, error, scope["answer_headers"])
+        else:
+            await self._sockets(scope, receive, send)
+
+
+def refuse_foreign(origins: Origins, scope: Scope) -> None:
+    """Raises: ForeignOrigin."""
+    server = scope.get("server")
+    origins.check(scope["header_values"], server[0] if server else "")
+
+
+def let_go(scope: Scope) -> None:
+    """What is answered from here on works no backend for this request."""
+    if admission := scope.get("admission"):
+        admission.release()
+
+
+# What pages may read of an answer, beside what they always may.
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-responses-proxy-ignored",
+    "idempotent-replayed",
+    "retry-after",
+    *(f"x-ratelimit-{key}-{name}" for name in ("requests", "tokens") for key in ("limit", "remaining", "reset")),
+)
+
+
+def with_cors(served: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """Lets browsers send requests of these pages, and show them every answer; errors too."""
+    if not origins:
+        return served
+    return CORSMiddleware(
+        served,
+        allow_origins=origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        allow_private_network=True,
+        expose_headers=EXPOSED_HEADERS,
+        max_age=PREFLIGHT_KEPT_S,
+    )
 
 
 def _request_id(scope: Scope) -> str | None:

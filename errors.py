@@ -11,7 +11,9 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── NotFound              404  no such object for this owner, or no such route
 │   ├── MethodNotAllowed      405  the route is there, the method is not
 │   ├── StillRunning          409  what it needs is being answered; clients try again by themselves
-│   └── QueueFull             429  rate_limit_exceeded: too many responses wait already
+│   ├── QueueFull             429  rate_limit_exceeded: too many responses wait already
+│   ├── RateLimited           429  rate_limit_exceeded: its owner asks for more than the settings allow
+│   └── ForeignOrigin         403  origin_not_allowed: a web page that is not welcome
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
 └── UpstreamError             502  the backend's fault, or the way to it
     ├── UpstreamUnreachable   502
@@ -106,6 +108,17 @@ class StillRunning(InvalidRequest):
 
 class QueueFull(InvalidRequest):
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class RateLimited(InvalidRequest):
+    """`headers` say what is left, and until when."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    headers: list[tuple[bytes, bytes]]
+
+
+class ForeignOrigin(InvalidRequest):
+    status, type, code = 403, "permission_error", "origin_not_allowed"
 
 
 class StoreError(ProxyError):

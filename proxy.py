@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import importlib.metadata
 import logging
@@ -16,7 +17,7 @@ import os
 import signal
 import sys
 from asyncio import BaseTransport
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -26,8 +27,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from answers import Receive, Scope, Send
 from commands import COMMANDS_ALONE, check, check_store, purge_once, show_jobs
-from edge import Edge, Outermost
+from edge import Edge, Outermost, with_cors
 from errors import StoreError
+from listening import HeadLimit, tell_where, unix_listener
 from logs import SOCKET_LOG, start_logging
 from services import STOP_SIGNALS, opened
 from settings import Settings, SettingsError, load_settings, settings_of_environ
@@ -45,7 +47,7 @@ class Application:
 
     def __init__(self, load: Callable[[], Settings]) -> None:
         self._load = load
-        self._served: Outermost | None = None
+        self._served: Callable[[Scope, Receive, Send], Awaitable[None]] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -60,7 +62,8 @@ class Application:
         try:
             settings = self._load()
             async with opened(settings) as services:
-                self._served = Outermost(Edge(settings, services), services.sources.new_id)
+                served = Outermost(Edge(settings, services), services.sources.new_id)
+                self._served = with_cors(served, settings.server.cors_origins)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
         except SettingsError as error:
@@ -89,6 +92,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--upstream", metavar="URL", help="base URL of the backend, e.g. http://localhost:11434/v1")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080)")
+    parser.add_argument("--unix-socket", metavar="PATH", help="file to listen on, instead of an address and a port")
     parser.add_argument("--config", metavar="FILE", help="settings file, see config.example.toml")
     parser.add_argument(
         "--store",
@@ -115,7 +119,7 @@ def version() -> str:
 
 def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """The settings of a command line. Raises: SettingsError."""
-    server = {key: value for key in ("host", "port") if (value := getattr(args, key)) is not None}
+    server = {key: value for key in ("host", "port", "unix_socket") if (value := getattr(args, key)) is not None}
     upstream = {"base_url": args.upstream} if args.upstream else {}
     store = {"path": args.store} if args.store else {}
     given = (("server", server), ("upstream", upstream), ("store", store))
@@ -144,6 +148,7 @@ def server_config(settings: Settings) -> uvicorn.Config:
         Application(lambda: settings),
         host=settings.server.host,
         port=settings.server.port,
+        http=HeadLimit,
         log_level=settings.server.log_level,
         log_config=None,
         access_log=False,
@@ -161,7 +166,16 @@ def server_config(settings: Settings) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A second signal of either kind ends it at once."""
+    """Says where it listens; a second signal of either kind ends it at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(server_config(settings))
+        self._settings = settings
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        addresses = [listener.getsockname() for server in self.servers for listener in server.sockets]
+        tell_where(self._settings.server, self._settings.auth.mode, addresses)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
@@ -169,13 +183,15 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> int:
-    """Serves until a signal. Foreground turns get `shutdown_grace_s`."""
+    """Serves until a signal. Foreground turns get `shutdown_grace_s`. Raises: SettingsError."""
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)  # the server raises the signal once more when it has stopped
-    server = Server(server_config(settings))
+    server = Server(settings)
+    path, mode = settings.server.unix_socket, int(settings.server.unix_socket_mode, 8)
     gc.collect()
     gc.freeze()  # what the program consists of is never garbage
-    server.run()
+    with unix_listener(path, mode) if path else contextlib.nullcontext() as listener:
+        server.run([listener] if listener else None)
     return 0 if server.started else 1
 
 

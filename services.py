@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from auth import Owners
 from background import Background
@@ -27,6 +29,8 @@ from keys import KeyFile, load_keys
 from leases import Leases
 from metrics import Metrics
 from once import Once
+from quotas import Quotas, QuotaSettings, own_quotas
+from readiness import Readiness
 from routing import Upstreams
 from run_verbs import RunStore
 from sealing import Seals
@@ -48,6 +52,12 @@ PURGE_EVERY_S = 3600.0
 KEEP_LEARNED_EVERY_S = 10.0
 KEPT_UP_AFTER_S = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AUTH_MODES = {
+    "none": "none, everybody is one owner",
+    "keys": "keys of {} client(s)",
+    "passthrough": "passthrough, the backend judges the client's own key",
+}
+QUOTA_KEYS = frozenset(field.name for field in dataclasses.fields(QuotaSettings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,8 @@ class Services:
     owners: Owners
     metrics: Metrics
     sources: Sources
+    readiness: Readiness
+    quotas: Quotas | None
 
 
 @contextlib.asynccontextmanager
@@ -83,8 +95,10 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(leases.close)
         watcher = Watcher(store)
         counter = await make_counter(settings.compaction.vocabulary)
-        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
+        quotas = own_quotas(settings.limits, time.monotonic)
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics(), quotas)
         services = await make_services(settings, store, means)
+        stack.push_async_callback(services.readiness.close)
         stack.push_async_callback(services.turns.ahead.close)
         stack.push_async_callback(services.catalogue.close)
         background = services.background
@@ -95,6 +109,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
             stack.push_async_callback(ended, asyncio.create_task(work))
         stack.push_async_callback(background.stop)
         stack.enter_context(told_to_stop(background))
+        tell_settings(settings)
         yield services
 
 
@@ -141,20 +156,43 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
     limits, new_id = settings.limits, means.sources.new_id
-    sockets = Sockets(SocketMeans(turns, settings.websocket, limits, limits.body_bytes, new_id), owners)
+    socket_means = SocketMeans(turns, settings.websocket, limits, limits.body_bytes, new_id, means.quotas)
     return Services(
         turns=turns,
         background=background,
         stored=stored,
         windows=windows,
-        sockets=sockets,
+        sockets=Sockets(socket_means, owners),
         catalogue=Catalogue(means.upstreams),
         carrier=Carrier(means.upstreams, limits.body_bytes),
         once=Once(means.leases),
         owners=owners,
         metrics=means.metrics,
         sources=means.sources,
+        readiness=Readiness(store, means.upstreams, means.sources, lambda: background.is_stopping),
+        quotas=means.quotas,
     )
+
+
+def tell_settings(settings: Settings) -> None:
+    """What this process works with, for whoever reads its log: one line each."""
+    for upstream in settings.upstream:
+        served = ", ".join((*upstream.models, *upstream.aliases)) or "every model that no other one serves"
+        log.info("upstream '%s': %s, for %s", upstream.name, _without_login(upstream.base_url), served)
+    path, days = settings.store.path, settings.store.retention_days
+    kept = f"for {days:g} days" if days else "for ever"
+    log.info("store: %s", f"{Path(path).absolute()}, kept {kept}" if path != IN_MEMORY else "in memory, until the end")
+    log.info("auth: %s", AUTH_MODES[settings.auth.mode].format(len(settings.auth.keys)))
+    limits = {key: value for key, value in dataclasses.asdict(settings.limits).items() if key in QUOTA_KEYS and value}
+    if limits:
+        log.info("limits per owner: %s", ", ".join(f"{key} = {value}" for key, value in limits.items()))
+    if settings.server.cors_origins:
+        log.info("web pages: %s", ", ".join(settings.server.cors_origins))
+
+
+def _without_login(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from auth import AuthSettings
 from background import BackgroundSettings
 from compaction import CompactionSettings
 from errors import Json
+from origins import refuse_malformed
+from quotas import QuotaSettings
 from request import RequestLimits
 from sealing import SealingSettings
 from sockets import WebSocketSettings
@@ -30,6 +33,7 @@ from turns import TurnSettings
 from upstream import UpstreamSettings, settings_for
 
 ENV_PREFIX = "RESPONSES_PROXY_"
+FILE_MODE = re.compile("0?[0-7]{3}")
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,23 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(le=65535)] = 8080
+    unix_socket: str = ""
+    unix_socket_mode: str = "0660"
+    cors_origins: tuple[str, ...] = ()
     keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 15.0
     shutdown_grace_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    def __post_init__(self) -> None:
+        refuse_malformed(self.cors_origins)
+        if not FILE_MODE.fullmatch(self.unix_socket_mode):
+            raise ValueError(
+                f"unix_socket_mode: expected three octal digits as in '0660', got {self.unix_socket_mode!r}"
+            )
+
 
 @dataclass(frozen=True)
-class LimitSettings(RequestLimits):
+class LimitSettings(RequestLimits, QuotaSettings):
     """The section `[limits]`."""
 
     body_bytes: int = 64 * 1024 * 1024

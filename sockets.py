@@ -22,6 +22,7 @@ from auth import Caller, Owners
 from errors import InvalidRequest, NotFound, ProxyError, UnsupportedParameter
 from frames import Event
 from logs import REQUEST_ID, one_line
+from quotas import Quotas
 from remembered import LaneMemory, Memory
 from request import RequestLimits, TurnRequest, parse_body, parse_request
 from stream_lanes import StreamLanes, Waiting, lane_name
@@ -202,6 +203,7 @@ class SocketMeans:
     limits: RequestLimits
     most_waiting_bytes: int
     new_id: Callable[[str], str]
+    quotas: Quotas | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +332,13 @@ class Connection:
 
     async def _respond(self, request: Waiting, lane: LaneMemory) -> None:
         """Raises: ProxyError before anything was said."""
+        if self._means.quotas is None:
+            await self._continue(request, lane)
+        else:
+            with await self._means.quotas.admit(self._caller.owner):
+                await self._continue(request, lane)
+
+    async def _continue(self, request: Waiting, lane: LaneMemory) -> None:
         body = parse_body(request.raw, self._means.limits)
         is_failed = True
         try:

@@ -29,6 +29,7 @@ from leases import Leases
 from metrics import Metrics
 from needs import Need
 from past import REASONING, Pasts, Patience, Place
+from quotas import Quotas
 from records import Notes, decoded, identified, new_items, new_turn
 from remembered import LaneMemory, Remembered
 from replay import replayed
@@ -69,6 +70,7 @@ class Means:
     watcher: Watcher
     counter: Counter
     metrics: Metrics
+    quotas: Quotas | None = None
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -160,7 +162,7 @@ class Turns:
     def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, fit, course, self.ahead)
+        keeper = Keeper(asked, fit, course, self.ahead, self._means.quotas)
         kind = Turn if asked.generates else WarmUp
         return kind(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
@@ -213,6 +215,12 @@ class Keeper(msgspec.Struct, frozen=True):
     fit: Fit
     course: Course
     ahead: Ahead
+    quotas: Quotas | None
+
+    def count(self, machine: ResponseStream) -> None:
+        """Tells the quotas what the turn took, compaction and all."""
+        if self.quotas is not None and (usage := machine.snapshot()["usage"]):
+            self.quotas.spent(self.asked.caller.owner, usage["total_tokens"])
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
@@ -278,6 +286,7 @@ class Turn:
             if not self._fit.is_mere:
                 self._machine.feed(await self._completion())
             self._machine.close()
+            self._keeper.count(self._machine)
             await self._keeper.keep(self._machine, [])
             self._learn()
             return self._machine.snapshot()
@@ -415,6 +424,7 @@ class Turn:
     async def _finished(self) -> list[Event]:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
+        self._keeper.count(self._machine)
         saving = asyncio.ensure_future(self._keeper.keep(self._machine, last))
         try:
             await asyncio.shield(saving)

@@ -90,6 +90,8 @@ def test_a_stale_matrix_is_noticed(tmp_path: Path) -> None:
 ROUTES = [
     "POST /v1/responses",
     "GET /healthz",
+    "GET /readyz",
+    "GET /metrics",
     *(f"{method} /v1{path}" for method, path in (*STORED_ROUTES, *WINDOW_ROUTES)),
     "GET /v1/models",
     "GET /v1/models/{id}",

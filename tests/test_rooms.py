@@ -43,6 +43,8 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "vocabulary": (1, 100, {"tiktoken"}),
     "sealing": (1, 150, {"cryptography"}),
     "auth": (1, 150, {"msgspec"}),
+    "origins": (1, 150, set()),
+    "quotas": (1, 250, set()),
     "replay": (1, 150, set()),
     "run_verbs": (1, 250, {"msgspec"}),
     "watching": (2, 150, set()),
@@ -62,6 +64,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
     "routing": (2, 150, set()),
     "catalogue": (3, 150, set()),
+    "readiness": (3, 150, set()),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
     "remembered": (3, 150, set()),
@@ -85,6 +88,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "stored": (7, 400, {"msgspec", "orjson"}),
     "windows": (7, 150, {"msgspec"}),
     "settings": (7, 250, {"msgspec"}),
+    "listening": (8, 200, {"uvicorn"}),
     "services": (8, 300, set()),
     "edge": (8, 450, {"msgspec", "orjson", "starlette"}),
     "commands": (8, 200, set()),
@@ -221,8 +225,8 @@ def test_only_one_room_knows_each_side_of_http() -> None:
     }
     assert users == {
         "starlette": {"edge"},
-        "uvicorn": {"proxy"},
+        "uvicorn": {"listening", "proxy"},
         "aiohttp": {"chat_stream", "relaying", "upstream"},
-        "socket": set(),
+        "socket": {"listening"},
         "http": set(),
     }
