@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
+from observing import Call
 from refusals import raise_if_error
 from sse import SSEDecoder
 
@@ -40,10 +41,11 @@ class ChatStream:
     `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
     """
 
-    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, call: Call) -> None:
         self.done = False
         self._answer = answer
         self._limits = limits
+        self._call = call
         self._decoder = SSEDecoder()
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
@@ -57,19 +59,26 @@ class ChatStream:
         try:
             async for data in self._answer.content.iter_any():
                 if chunks := self._chunks(self._decoder.feed(data)):
+                    self._call.heard(chunks)
                     self._heard_at, self._silence_s = self._loop.time(), self._limits.idle_timeout_s
                     yield chunks
                 if self._failure:
-                    raise self._failure
+                    raise self.failed(self._failure)
                 if self.done:
                     await self._drain()
                     return
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._broken() from error
+            raise self.failed(self._broken()) from error
         if chunks := self._chunks(self._decoder.flush()):
+            self._call.heard(chunks)
             yield chunks
         if self._failure:
-            raise self._failure
+            raise self.failed(self._failure)
+
+    def failed(self, error: UpstreamError) -> UpstreamError:
+        """The failure, counted as one of this answer."""
+        self._call.failed(error)
+        return error
 
     def _chunks(self, payloads: list[bytes]) -> list[Json]:
         """What can be used; the failure that ends it is raised after that has been seen."""
@@ -128,3 +137,4 @@ class ChatStream:
         """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
         self._timer.cancel()
         self._answer.close()
+        self._call.ended(is_whole=self.done)

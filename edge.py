@@ -33,6 +33,7 @@ from answers import (
     read_body,
     send_json,
 )
+from auth import Caller
 from errors import (
     MethodNotAllowed,
     NotFound,
@@ -43,6 +44,7 @@ from event_log import Follower
 from frames import DONE, encode
 from logs import REQUEST_ID
 from metrics import CONTENT_TYPE
+from observing import Observer, route_of
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
@@ -76,7 +78,7 @@ def ignored_headers(names: tuple[str, ...]) -> Headers:
     if not names:
         return []
     shown = re.sub(r"[^ -~]", "?", ", ".join(name.encode("ascii", "replace").decode() for name in names))[:2000]
-    log.info("left out of %s: %s", REQUEST_ID.get(), shown)
+    log.info("left out: %s", shown)
     return [(b"x-responses-proxy-ignored", shown.encode())]
 
 
@@ -108,7 +110,7 @@ class Edge:
         """POST /v1/responses."""
         limits = self._limits
         exchange = Exchange(scope, receive, send)
-        caller = self._services.owners.caller(header(scope, b"authorization"))
+        caller = self._caller(scope)
         raw = await read_body(scope, receive, limits.body_bytes)
         request = parse_request(parse_body(raw, limits), limits)
         key = header(scope, b"idempotency-key")
@@ -120,6 +122,18 @@ class Edge:
             request = msgspec.structs.replace(request, unused=(*request.unused, "Idempotency-Key"))
             await self._answer(exchange, Asked(request, caller))
 
+    def _caller(self, scope: Scope) -> Caller:
+        """Raises: Unauthorized."""
+        seen = scope["seen"]
+        caller = self._services.owners.caller(header(scope, b"authorization"), seen.trace)
+        seen.owner = caller.owner
+        return caller
+
+    def _ignored(self, names: tuple[str, ...]) -> Headers:
+        """Counts them too."""
+        self._services.observer.ignored(names)
+        return ignored_headers(names)
+
     async def _answer(self, exchange: Exchange, asked: Asked) -> None:
         if asked.request.background:
             await self._answer_queued(exchange, asked)
@@ -127,13 +141,13 @@ class Edge:
             async with Watched(exchange.receive):
                 turn = await self._services.turns.prepare(asked)
                 response = await turn.run()
-            await send_json(exchange.send, response, ignored_headers(turn.ignored))
+            await send_json(exchange.send, response, self._ignored(turn.ignored))
         elif asked.request.previous_response_id:
             await self._stream_patiently(exchange, asked)
         else:
             async with Watched(exchange.receive):
                 turn = await self._accepted(asked)
-            await self._stream(exchange, TurnStream(turn), ignored_headers(turn.ignored))
+            await self._stream(exchange, TurnStream(turn), self._ignored(turn.ignored))
 
     async def _accepted(self, asked: Asked) -> Turn:
         turn = await self._services.turns.prepare(asked)
@@ -154,7 +168,7 @@ class Edge:
             await waiting.close()
             raise
         source = TurnStream(turn) if turn else waiting
-        await self._stream(exchange, source, ignored_headers(turn.ignored if turn else ()))
+        await self._stream(exchange, source, self._ignored(turn.ignored if turn else ()))
 
     async def _stream(self, exchange: Exchange, source: Streamed, headers: Headers) -> None:
         await EventStream(source, headers, self._keepalive_s)(*exchange)
@@ -163,7 +177,7 @@ class Edge:
         """A run that was admitted is carried out whether or not its client stays."""
         background = self._services.background
         response, ignored = await background.admit(asked)
-        headers = ignored_headers(ignored)
+        headers = self._ignored(ignored)
         if asked.request.stream:
             await self._stream(exchange, background.logs.followed(asked.caller.owner, response), headers)
         else:
@@ -181,7 +195,7 @@ class Edge:
 
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
         response, ignored = restored(earlier), ignored_of(earlier)
-        headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
+        headers = [(b"idempotent-replayed", b"true"), *self._ignored(ignored)]
         logs = self._services.background.logs
         if asked.request.stream and asked.request.background and await logs.is_kept(response["id"]):
             await self._stream(exchange, logs.followed(asked.caller.owner, response), headers)
@@ -197,7 +211,7 @@ class Edge:
         if request.headers.get("upgrade", "").lower() == "websocket":
             body = UnsupportedParameter("There is no WebSocket here; use HTTP.").to_wire()
             return json_response(body, 426, {"upgrade": "HTTP/1.1"})
-        caller = self._services.owners.caller(request.headers.get("authorization"))
+        caller = self._caller(request.scope)
         raw = b""
         if request.method == "POST":
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
@@ -206,15 +220,15 @@ class Edge:
         if not isinstance(answer, Follower):
             return json_response(answer)
         unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
-        return EventStream(answer, ignored_headers(unused), self._keepalive_s)
+        return EventStream(answer, self._ignored(unused), self._keepalive_s)
 
     async def window(self, request: Request, work: WindowWork) -> Response:
         """Counts and compactions: a client that leaves stops them."""
-        caller = self._services.owners.caller(request.headers.get("authorization"))
+        caller = self._caller(request.scope)
         raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
         async with Watched(request.receive):
             told = await work(self._services.windows, caller, raw)
-        names = {name.decode(): value.decode() for name, value in ignored_headers(told.ignored)}
+        names = {name.decode(): value.decode() for name, value in self._ignored(told.ignored)}
         return json_response(told.body, headers=names)
 
     async def health(self, request: Request) -> Response:
@@ -223,8 +237,8 @@ class Edge:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        queue = await self._services.background.store.queue()
-        return Response(self._services.metrics.text(queue.queued, queue.running), media_type=CONTENT_TYPE)
+        load = await self._services.load()
+        return Response(self._services.observer.metrics.text(load), media_type=CONTENT_TYPE)
 
 
 def routes(edge: Edge) -> list[Route]:
@@ -251,12 +265,12 @@ def response_to(error: Exception, request_id: str) -> Response:
     """The one place where an exception becomes an HTTP answer."""
     if isinstance(error, ProxyError):
         if error.http_status >= 500:
-            log.warning("%s: %s", request_id, error.message)
+            log.warning("answered %d: %s", error.http_status, error.logged)
         return error_response(error)
     if isinstance(error, HTTPException):
         return error_response(ROUTING_ERRORS.get(error.status_code, NotFound)("Unknown request URL or method."))
     if isinstance(error, ClientGone):
-        log.info("client left %s", request_id)
+        log.info("client left")
         return Response(status_code=499)
     log.error("fault of this program in %s", request_id, exc_info=error)
     return error_response(ProxyError(f"Internal error; the log has it under {request_id}."))
@@ -265,11 +279,16 @@ def response_to(error: Exception, request_id: str) -> Response:
 ROUTING_ERRORS: dict[int, type[ProxyError]] = {405: MethodNotAllowed}
 
 
+# What the direct routes are told as.
+TURNS = "POST /v1/responses"
+
+
 class Outermost:
     """Gives every request an id, and turns what goes wrong into an answer."""
 
-    def __init__(self, edge: Edge, new_id: Callable[[str], str]) -> None:
+    def __init__(self, edge: Edge, observer: Observer, new_id: Callable[[str], str]) -> None:
         self._direct = direct_routes(edge)
+        self._observer = observer
         self._router = Router(routes(edge))
         self._new_id = new_id
 
@@ -282,6 +301,9 @@ class Outermost:
         scope["app"] = self  # the router raises its 404 and 405 only inside an application
         REQUEST_ID.set(request_id)
         header = (b"x-request-id", request_id.encode())
+        seen = scope["seen"] = self._observer.request(scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        direct = self._direct.get((scope["method"], path))
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -289,17 +311,18 @@ class Outermost:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], header]
+                seen.answered(message["status"], message["headers"], TURNS if direct else route_of(scope))
             await send(message)
 
         try:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            route = self._direct.get((scope["method"], path), self._router)
-            await route(scope, receive, send_with_id)
+            await (direct or self._router)(scope, receive, send_with_id)
         except Exception as error:
             if started:  # the server cuts the answer, and logs the exception
                 log.error("fault of this program in %s, after its answer began", request_id)
                 raise
             await response_to(error, request_id)(scope, receive, send_with_id)
+        finally:
+            seen.ended(TURNS if direct else route_of(scope))
 
 
 def _request_id(scope: Scope) -> str | None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.metadata
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,7 +26,8 @@ from counting import Counter, by_vocabulary
 from errors import StoreError
 from keys import KeyFile, load_keys
 from leases import Leases
-from metrics import Metrics
+from metrics import Load, Metrics
+from observing import Observer
 from once import Once
 from run_verbs import RunStore
 from sealing import Seals
@@ -31,6 +35,7 @@ from settings import Settings, SettingsError
 from sources import Ids, Sources
 from store import StoreSettings, open_store
 from stored import Stored
+from tracing import Tracing
 from turns import Means, Turns
 from upstream import Upstreams
 from verbs import Purged, Store
@@ -57,8 +62,18 @@ class Services:
     windows: Windows
     once: Once
     owners: Owners
-    metrics: Metrics
+    observer: Observer
     sources: Sources
+
+    async def load(self) -> Load:
+        """What is to be told of the store; what it cannot tell just now is no number."""
+        store = self.background.store
+        try:
+            queue, size_bytes = await asyncio.gather(store.queue(), store.size_bytes())
+        except StoreError as error:
+            log.warning("the queue could not be read: %s", error.message)
+            return Load(math.nan, math.nan, store.waiting, math.nan)
+        return Load(queue.queued, queue.running, store.waiting, size_bytes)
 
 
 @contextlib.asynccontextmanager
@@ -70,14 +85,15 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         )
     async with contextlib.AsyncExitStack() as stack:
         store = await opened_store(settings, stack)
-        upstreams = Upstreams(settings.upstream)
+        observer = await opened_observer(settings, stack)
+        upstreams = Upstreams(settings.upstream, observer)
         stack.push_async_callback(upstreams.close)
         sources = Sources(time.time, Ids(time.time))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
         watcher = Watcher(store)
         counter = await make_counter(settings.compaction.vocabulary)
-        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics())
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, observer)
         services = await make_services(settings, store, means)
         stack.push_async_callback(services.turns.ahead.close)
         background = services.background
@@ -99,6 +115,31 @@ async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> 
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("responses-proxy")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+async def opened_observer(settings: Settings, stack: contextlib.AsyncExitStack) -> Observer:
+    """Raises: SettingsError for spans without the packages that record them."""
+    tracing = opened_tracing() if settings.tracing.enabled else None
+    if tracing is not None:
+        stack.push_async_callback(tracing.close)
+    return Observer(Metrics(version()), tracing, has_access_log=settings.server.access_log)
+
+
+def opened_tracing() -> Tracing:
+    """Imports what it takes only now: that costs memory and time at the start. Raises: SettingsError."""
+    try:
+        found: Tracing = importlib.import_module("spans").opened(version())
+    except ModuleNotFoundError as error:
+        needed = "pip install 'responses-proxy[otel]'"
+        raise SettingsError(f"tracing.enabled needs the extra 'otel': {needed} ({error.name} is missing)") from error
+    return found
 
 
 async def make_counter(name: str) -> Counter:
@@ -133,7 +174,7 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     background = Background(store, turns, means, settings.background)
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
-    return Services(turns, background, stored, windows, Once(means.leases), owners, means.metrics, means.sources)
+    return Services(turns, background, stored, windows, Once(means.leases), owners, means.observer, means.sources)
 
 
 @contextlib.contextmanager

@@ -99,6 +99,11 @@ class ResponseStream:
         )
 
     @property
+    def status(self) -> str:
+        status: str = self._response["status"]
+        return status
+
+    @property
     def ended(self) -> bool:
         """Whether the backend gave a reason for having finished."""
         return self._finish is not None

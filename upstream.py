@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import aiohttp
 import orjson
@@ -27,7 +27,10 @@ from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, li
 from chat_stream import ChatStream, StreamLimits
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from logs import REQUEST_ID
 from looks import Look
+from metrics import Metrics
+from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 
 Json = dict[str, Any]
@@ -73,6 +76,7 @@ class UpstreamSettings:
     retries: int = 2
     retry_backoff_s: float = 0.5
     retry_wait_max_s: float = 5.0
+    send_request_id: bool = False
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -87,12 +91,13 @@ class UpstreamSettings:
 class Upstream:
     """One chat-completions backend."""
 
-    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession) -> None:
+    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession, observer: Observer) -> None:
         self.settings = settings
         self._session = session
         self._base_url = settings.base_url.rstrip("/")
         self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
+        self._place = Place(observer, settings.name, self._host.host or "", self._host.port or 0)
         self._headers = self._make_headers()
         self._stream_limits = StreamLimits(
             settings.name, settings.first_byte_timeout_s, settings.idle_timeout_s, settings.total_timeout_s
@@ -114,10 +119,12 @@ class Upstream:
         return headers
 
     def _headers_for(self, passed: Headers) -> CIMultiDict[str]:
-        if not passed:
+        if not passed and not self.settings.send_request_id:
             return self._headers
         headers = self._headers.copy()
         headers.update(passed)
+        if self.settings.send_request_id:
+            headers["X-Request-Id"] = REQUEST_ID.get()
         return headers
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -223,8 +230,14 @@ class Upstream:
 
     async def complete(self, body: Json, passed: Headers = NOTHING_PASSED) -> Json:
         """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
-        _, completion = await self._read_json(self._post(body, passed), self.settings.total_timeout_s)
-        return self._checked(completion)
+        with self._call(body, passed) as call:
+            _, completion = await self._read_json(self._post(body, call), self.settings.total_timeout_s)
+            call.heard([self._checked(completion)])
+            return cast(Json, completion)
+
+    def _call(self, body: Json, passed: Headers) -> Call:
+        dialect = self._probe.dialect if self._probe else dialects.GENERIC
+        return self._place.call(body, passed, dialect.name)
 
     async def _read_json(
         self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
@@ -252,20 +265,22 @@ class Upstream:
 
     async def stream(self, body: Json, passed: Headers = NOTHING_PASSED) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
-        try:
-            async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                answer = await self._post(body, passed)
-        except TimeoutError as error:
-            raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
-        return ChatStream(answer, self._stream_limits)
+        with self._call(body, passed) as call:
+            try:
+                async with asyncio.timeout(self.settings.first_byte_timeout_s):
+                    answer = await self._post(body, call)
+            except TimeoutError as error:
+                raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
+            return ChatStream(answer, self._stream_limits, call.stay_open())
 
-    async def _post(self, body: Json, passed: Headers) -> aiohttp.ClientResponse:
+    async def _post(self, body: Json, call: Call) -> aiohttp.ClientResponse:
         attempt = 0
-        headers = self._headers_for(passed)
+        headers = self._headers_for(call.passed)
         tried: list[Mend] = []
         for known in self._mends:
             body = known(body)
         while True:
+            call.sent()
             try:
                 answer = await self._send("POST", "/chat/completions", orjson.dumps(body), headers)
                 self._mends += tried
@@ -275,11 +290,14 @@ class Upstream:
                 if mend is not None and mend not in tried:
                     tried.append(mend)
                     body = mend(body)
+                    call.failed(error)
                     continue
                 wait_s = self._retry_wait_s(error, attempt)
                 if wait_s is None:
                     raise
                 attempt += 1
+                call.failed(error)
+                call.retried()
                 log.warning("upstream '%s': %s; again in %.1f s", self.settings.name, type(error).__name__, wait_s)
                 await asyncio.sleep(wait_s)
 
@@ -347,10 +365,11 @@ class Upstream:
 class Upstreams:
     """The backends in the order of the settings, and the one connection pool they share."""
 
-    def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
+    def __init__(self, settings: tuple[UpstreamSettings, ...], observer: Observer | None = None) -> None:
+        observer = observer or Observer(Metrics())
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
         self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        self._all = tuple(Upstream(each, self._session) for each in settings)
+        self._all = tuple(Upstream(each, self._session, observer) for each in settings)
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._all)
