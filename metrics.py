@@ -1,18 +1,19 @@
 """What is counted for operators, in the text form of Prometheus.
 
 May not know where the numbers come from. Counters are of this process; gauges are read when they are asked for. No
-label holds what a client wrote. Children are looked up once: every turn passes here.
+label holds what a client wrote.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from tallies import Count, Spread
 
 # Upper ends of buckets.
 TOKENS = (500, 1000, 2000, 4000, 8000, 16_000, 32_000, 64_000, 128_000, 256_000, 1_000_000)
@@ -28,8 +29,6 @@ ENDS = ("completed", "incomplete", "failed", "cancelled")
 KINDS = ("unreachable", "timeout", "broken", "garbled", "overflow", "refused_429", "refused_4xx", "refused_5xx")
 TOKEN_KINDS = ("input", "cached", "output", "reasoning")
 
-Child = TypeVar("Child", Counter, Histogram)
-
 
 class Load(NamedTuple):
     """What is read when it is asked for; NaN: it cannot be read just now."""
@@ -40,59 +39,58 @@ class Load(NamedTuple):
     store_bytes: float = 0
 
 
-class _Children(dict[Any, Child], Generic[Child]):
-    """The children of a family by their labels, each made at its first use."""
-
-    def __init__(self, family: Child) -> None:
-        super().__init__()
-        self._family: Child = family
-
-    def __missing__(self, labels: Any) -> Child:
-        child: Child = self._family.labels(*(labels if isinstance(labels, tuple) else (labels,)))
-        self[labels] = child
-        return child
-
-
 class UpstreamMeter:
-    """The counters of one backend."""
+    """The counters of one backend, all of which begin at zero."""
 
     def __init__(self, name: str, metrics: Metrics) -> None:
-        self.requests = metrics.upstream_requests.labels(name)
-        self.retries = metrics.upstream_retries.labels(name)
-        self.errors = {kind: metrics.upstream_errors.labels(name, kind) for kind in KINDS}
-        self.tokens = {kind: metrics.tokens.labels(name, kind) for kind in TOKEN_KINDS}
+        self._requests, self._retries = metrics.upstream_requests.of, metrics.upstream_retries.of
+        self._errors, self._tokens = metrics.upstream_errors.of, metrics.tokens.of
+        self._own = (name,)
+        self._by_kind = {kind: (name, kind) for kind in (*KINDS, *TOKEN_KINDS)}
+        self._requests[self._own] = self._retries[self._own] = 0
+        self._errors |= dict.fromkeys(((name, kind) for kind in KINDS), 0)
+        self._tokens |= dict.fromkeys(((name, kind) for kind in TOKEN_KINDS), 0)
+
+    def sent(self) -> None:
+        self._requests[self._own] += 1
+
+    def retried(self) -> None:
+        self._retries[self._own] += 1
+
+    def failed(self, kind: str) -> None:
+        self._errors[self._by_kind[kind]] += 1
+
+    def counted(self, kind: str, tokens: int) -> None:
+        self._tokens[self._by_kind[kind]] += tokens
 
 
 class TurnMeter:
     """One turn from its beginning to its one end; `with` it, or tell it how it `ended`."""
 
+    status = "failed"
+    _is_told = _is_over = False
+
     def __init__(self, metrics: Metrics, mode: Mode) -> None:
-        self.status = "failed"
+        self.clock = metrics.clock
         self._metrics = metrics
-        self._mode = mode
+        self._labels = (mode,)
         self._began_at = metrics.clock()
-        self._is_told = self._is_over = False
 
     def told(self) -> None:
         """The model has said something."""
         if not self._is_told:
             self._is_told = True
-            self._metrics.first_outputs[self._mode].observe(self._metrics.clock() - self._began_at)
+            self._metrics.first_outputs.add(self._labels, self.clock() - self._began_at)
 
     def ended(self, status: str) -> None:
         if not self._is_over:
             self._is_over = True
-            self._metrics.turns[self._mode, status].inc()
-            self._metrics.turn_times[self._mode].observe(self._metrics.clock() - self._began_at)
+            self._metrics.turns.of[*self._labels, status] += 1
+            self._metrics.turn_times.add(self._labels, self.clock() - self._began_at)
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """What a save takes, also one that fails."""
-        began_at = self._metrics.clock()
-        try:
-            yield
-        finally:
-            self._metrics.save_times.observe(self._metrics.clock() - began_at)
+    def saved(self, began_at: float) -> None:
+        """The response is in the store; `began_at`: by the clock of the metrics."""
+        self._metrics.save_times.add((), self.clock() - began_at)
 
     def __enter__(self) -> None:
         """What is left with an exception has failed, or was cancelled; else `status` is how it ended."""
@@ -122,7 +120,7 @@ class Metrics:
         self._open_requests()
         self._open_turns()
         self._open_upstreams()
-        self.save_times = self._histogram("store_save_seconds", "What saving a response took.", BRIEF_SECONDS)
+        self.save_times = self._spread("store_save_seconds", "What saving a response took.", [], BRIEF_SECONDS)
         self._load = (
             self._gauge("runs_queued", "Background responses that wait, in all processes of the store."),
             self._gauge("runs_running", "Background responses being made, in all processes of the store."),
@@ -133,10 +131,10 @@ class Metrics:
 
     def _open_requests(self) -> None:
         self.in_flight = self.streams_open = self.websockets_open = 0
-        self._requests = _Children(self._counter("requests", "Requests that were answered.", ["route", "status"]))
+        self._requests = self._count("requests", "Requests that have ended.", ["route", "status"])
         text = "Until an answer began: of a plain one all of it, of a stream its first event."
-        self._answer_times = _Children(self._histogram("answer_seconds", text, SECONDS, ["route", "kind"]))
-        self._ignored = _Children(self._counter("ignored", "What was left out of requests, by name.", ["name"]))
+        self._answer_times = self._spread("answer_seconds", text, ["route", "kind"])
+        self._ignored = self._count("ignored", "What was left out of requests, by name.", ["name"])
         self._open_gauges = {
             "in_flight": self._gauge("requests_in_flight", "Requests that are being answered."),
             "streams_open": self._gauge("streams_open", "Those of them that are streams."),
@@ -144,19 +142,18 @@ class Metrics:
         }
 
     def _open_turns(self) -> None:
-        self.turns = _Children(self._counter("turns", "Turns that ended.", ["mode", "status"]))
-        self.turn_times = _Children(self._histogram("turn_seconds", "What turns took.", SECONDS, ["mode"]))
+        self.turns = self._count("turns", "Turns that have ended.", ["mode", "status"])
+        self.turn_times = self._spread("turn_seconds", "What turns took.", ["mode"])
         text = "Until the model's first output in a turn that is streamed."
-        self.first_outputs = _Children(self._histogram("first_output_seconds", text, SECONDS, ["mode"]))
-        for labels in product(MODES, ENDS):
-            self.turns[labels].inc(0)
+        self.first_outputs = self._spread("first_output_seconds", text, ["mode"])
+        self.turns.of |= dict.fromkeys(product(MODES, ENDS), 0)
 
     def _open_upstreams(self) -> None:
         by_name = ["upstream"]
-        self.upstream_requests = self._counter("upstream_requests", "Requests sent to backends, retries too.", by_name)
-        self.upstream_retries = self._counter("upstream_retries", "Those of them that were retries.", by_name)
-        self.upstream_errors = self._counter("upstream_errors", "What went wrong with them.", ["upstream", "kind"])
-        self.tokens = self._counter("tokens", "Tokens as backends counted them.", ["upstream", "kind"])
+        self.upstream_requests = self._count("upstream_requests", "Requests sent to backends, retries too.", by_name)
+        self.upstream_retries = self._count("upstream_retries", "Those of them that were retries.", by_name)
+        self.upstream_errors = self._count("upstream_errors", "What went wrong with them.", ["upstream", "kind"])
+        self.tokens = self._count("tokens", "Tokens as backends counted them.", ["upstream", "kind"])
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -168,15 +165,15 @@ class Metrics:
 
     def answered(self, route: str, kind: Literal["plain", "stream"], took_s: float) -> None:
         """The first of an answer has left."""
-        self._answer_times[route, kind].observe(took_s)
+        self._answer_times.add((route, kind), took_s)
 
     def request(self, route: str, status: int) -> None:
         """`route`: a template. `status` 0: nothing was answered."""
-        self._requests[route, status].inc()
+        self._requests.of[route, status] += 1
 
     def ignored(self, name: str) -> None:
         """`name`: one of ours."""
-        self._ignored[name].inc()
+        self._ignored.of[name,] += 1
 
     def turn(self, mode: Mode) -> TurnMeter:
         return TurnMeter(self, mode)
@@ -193,11 +190,21 @@ class Metrics:
             gauge.set(getattr(self, name))
         return generate_latest(self._registry)
 
+    def _count(self, name: str, text: str, labels: Sequence[str]) -> Count:
+        count = Count(f"{PREFIX}_{name}", text, labels)
+        self._registry.register(count)
+        return count
+
+    def _spread(self, name: str, text: str, labels: Sequence[str], ends: Sequence[float] = SECONDS) -> Spread:
+        spread = Spread(f"{PREFIX}_{name}", text, labels, ends)
+        self._registry.register(spread)
+        return spread
+
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
-        return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", text, labels, registry=self._registry)

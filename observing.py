@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any, Self
 
 from chunks import usage_of
+from dialects import GENERIC
 from errors import (
     UpstreamBroken,
     UpstreamError,
@@ -47,8 +48,7 @@ STREAM_TYPE = b"text/event-stream"
 class Noted:
     """What is found out of a request on its way, for its line in the log and its spans."""
 
-    def __init__(self) -> None:
-        self.owner = self.response_id = self.conversation_id = self.upstream = ""
+    owner = response_id = conversation_id = upstream = ""
 
 
 # Of the request or the run that is being worked for.
@@ -58,15 +58,16 @@ NOTED: ContextVar[Noted | None] = ContextVar("NOTED", default=None)
 class SeenRequest(Noted):
     """One HTTP request from its beginning to its end."""
 
+    trace: Trace = NO_TRACE
+    _status = 0
+    _is_stream = False
+    _span: Span | None = None
+
     def __init__(self, observer: Observer, scope: Scope) -> None:
-        super().__init__()
-        self._observer = observer
-        self._scope = scope
+        self._observer = observer  # and not the scope, which holds this
         self._began_at = observer.metrics.clock()
-        self._status = 0
-        self._is_stream = False
-        self.trace = trace_of(scope["headers"]) if b"traceparent" in scope["header_values"] else NO_TRACE
-        self._span: Span | None = None
+        if b"traceparent" in scope["header_values"]:
+            self.trace = trace_of(scope["headers"])
         if observer.tracing is not None:
             self._span = observer.tracing.begin("HTTP", "server", self.trace, _asked(scope))
             self.trace = self._span.trace
@@ -77,14 +78,19 @@ class SeenRequest(Noted):
         """The answer begins."""
         self._status = status
         metrics = self._observer.metrics
-        self._is_stream = any(name == b"content-type" and value.startswith(STREAM_TYPE) for name, value in headers)
-        metrics.streams_open += self._is_stream
+        for name, value in headers:
+            if name == b"content-type":
+                if value.startswith(STREAM_TYPE):
+                    self._is_stream = True
+                    metrics.streams_open += 1
+                break
         metrics.answered(route, "stream" if self._is_stream else "plain", metrics.clock() - self._began_at)
 
     def ended(self, route: str) -> None:
         metrics = self._observer.metrics
         metrics.in_flight -= 1
-        metrics.streams_open -= self._is_stream
+        if self._is_stream:
+            metrics.streams_open -= 1
         metrics.request(route, self._status)
         if self._observer.has_access_log:
             self._tell(route, metrics.clock() - self._began_at)
@@ -173,19 +179,19 @@ def kind_of(error: UpstreamError) -> str:
     return REFUSALS.get(error.http_status // 100, "refused_5xx")
 
 
-def tokens_of(usage: Any) -> dict[str, int]:
+def tokens_of(usage: Any) -> list[tuple[str, int]]:
     """What chat usage counts, by kind; nothing of what is not numbers."""
     try:
         told = usage_of(usage)
     except (AttributeError, TypeError):
-        return {}
-    found = {
-        "input": told["input_tokens"],
-        "cached": told["input_tokens_details"]["cached_tokens"],
-        "output": told["output_tokens"],
-        "reasoning": told["output_tokens_details"]["reasoning_tokens"],
-    }
-    return {kind: number for kind, number in found.items() if isinstance(number, int) and number > 0}
+        return []
+    found = (
+        ("input", told["input_tokens"]),
+        ("cached", told["input_tokens_details"]["cached_tokens"]),
+        ("output", told["output_tokens"]),
+        ("reasoning", told["output_tokens_details"]["reasoning_tokens"]),
+    )
+    return [(kind, number) for kind, number in found if isinstance(number, int) and number > 0]
 
 
 class Place:
@@ -194,26 +200,28 @@ class Place:
     def __init__(self, observer: Observer, name: str, address: str, port: int) -> None:
         self.observer = observer
         self.name = name
+        # Of the backend, once it is known.
+        self.dialect = GENERIC.name
         self.where = {"server.address": address, "server.port": port}
         self.meter = observer.metrics.upstream(name)
 
-    def call(self, body: Json, passed: Trace, dialect: str) -> Call:
+    def call(self, body: Json, passed: Trace) -> Call:
         """`passed`: headers for the backend; those of the trace are replaced when spans are recorded."""
         if (noted := NOTED.get()) is not None:
             noted.upstream = self.name
         if self.observer.tracing is None:
             return Call(self, passed, None)
-        attributes = self.where | self._asked(body, dialect)
+        attributes = self.where | self._asked(body)
         if noted is not None and noted.conversation_id:
             attributes["gen_ai.conversation.id"] = noted.conversation_id
         span = self.observer.tracing.begin(f"chat {body.get('model', '')}".rstrip(), "client", passed, attributes)
         return Call(self, {**passed, **span.trace}, span)
 
-    def _asked(self, body: Json, dialect: str) -> dict[str, Any]:
+    def _asked(self, body: Json) -> dict[str, Any]:
         given = {attribute: body[name] for name, attribute in REQUEST_ATTRIBUTES.items() if body.get(name) is not None}
         return given | {
             "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": PROVIDERS.get(dialect, dialect),
+            "gen_ai.provider.name": PROVIDERS.get(self.dialect, self.dialect),
             "gen_ai.request.model": str(body.get("model", "")),
             "gen_ai.output.type": "json" if body.get("response_format") else "text",
             "responses_proxy.upstream": self.name,
@@ -223,16 +231,18 @@ class Place:
 class Call:
     """One call of a backend, its retries among it. `with` it, and `stay_open` for what is read after that."""
 
+    _usage: Any = None
+    _reasons: tuple[str, ...] = ()
+    _error: str | None = None
+    _is_open = _is_heard = _is_over = False
+
     def __init__(self, place: Place, passed: Trace, span: Span | None) -> None:
         self.passed = passed
         self._meter = place.meter
-        self._clock = place.observer.metrics.clock
         self._span = span
-        self._began_at = self._clock() if span is not None else 0.0
-        self._usage: Any = None
-        self._reasons: list[str] = []
-        self._error: str | None = None
-        self._is_open = self._is_heard = self._is_over = False
+        if span is not None:
+            self._clock = place.observer.metrics.clock
+            self._began_at = self._clock()
 
     def __enter__(self) -> Self:
         return self
@@ -252,15 +262,15 @@ class Call:
     def sent(self) -> None:
         """A request goes out; there may be several, and the last one counts."""
         self._error = None
-        self._meter.requests.inc()
+        self._meter.sent()
 
     def retried(self) -> None:
-        self._meter.retries.inc()
+        self._meter.retried()
 
     def failed(self, error: UpstreamError) -> None:
         """Each failure is told once, also one after which another request goes out."""
         self._error = kind_of(error)
-        self._meter.errors[self._error].inc()
+        self._meter.failed(self._error)
         log.debug("%s", error.message)  # a backend's own words, which may quote the prompt
 
     def heard(self, chunks: Iterable[Json]) -> None:
@@ -280,18 +290,18 @@ class Call:
                 span.note({"gen_ai.response.time_to_first_chunk": self._clock() - self._began_at})
         for choice in chunk.get("choices") or ():
             if isinstance(choice, dict) and isinstance(reason := choice.get("finish_reason"), str):
-                self._reasons.append(reason[:WORD_CHARACTERS])
+                self._reasons += (reason[:WORD_CHARACTERS],)
 
     def ended(self, *, is_whole: bool = True) -> None:
         """`is_whole`: the backend said so itself."""
         if self._is_over:
             return
         self._is_over = True
-        tokens = tokens_of(self._usage) if self._usage else {}
-        for kind, number in tokens.items():
-            self._meter.tokens[kind].inc(number)
+        tokens = tokens_of(self._usage) if self._usage else []
+        for kind, number in tokens:
+            self._meter.counted(kind, number)
         if self._span is not None:
-            told: dict[str, Any] = {USAGE_ATTRIBUTES[kind]: number for kind, number in tokens.items()}
+            told: dict[str, Any] = {USAGE_ATTRIBUTES[kind]: number for kind, number in tokens}
             self._span.note(told | ({"gen_ai.response.finish_reasons": self._reasons} if self._reasons else {}))
             is_cut = self._error is None and not is_whole and not self._reasons
             self._span.end(CANCELLED if is_cut else self._error)

@@ -99,11 +99,6 @@ class ResponseStream:
         )
 
     @property
-    def status(self) -> str:
-        status: str = self._response["status"]
-        return status
-
-    @property
     def ended(self) -> bool:
         """Whether the backend gave a reason for having finished."""
         return self._finish is not None

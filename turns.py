@@ -244,8 +244,9 @@ class Keeper(msgspec.Struct, frozen=True):
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
             turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
-        with self.meter.saving():
-            is_saved = await save(turn, closing)
+        began_at = self.meter.clock()
+        is_saved = await save(turn, closing)
+        self.meter.saved(began_at)
         if lease and is_saved:
             await lease.was_given_back()
         if is_saved and not turn.is_detached:
@@ -278,8 +279,9 @@ class Turn:
                 self._machine.close()
                 await self._keeper.keep(self._machine, [])
                 self._learn()
-                self._meter.status = self._machine.status
-                return self._machine.snapshot()
+                response = self._machine.snapshot()
+                self._meter.status = response["status"]
+                return response
         finally:
             await self._fit.prompt.past.release()
 
@@ -443,7 +445,7 @@ class Turn:
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
-        self._meter.ended(self._machine.status if self._is_told or self._is_kept else "cancelled")
+        self._meter.ended(self._machine.snapshot()["status"] if self._is_told or self._is_kept else "cancelled")
         try:
             await self._let_go()
         finally:

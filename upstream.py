@@ -105,6 +105,7 @@ class Upstream:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
+        self._place.dialect = self._told_dialect or dialects.GENERIC.name
         self._looks = Look(self._look)
         self._told_windows = ToldWindows()
         self._count_again_at = 0.0
@@ -148,6 +149,7 @@ class Upstream:
         models = entries(told, "data")
         dialect = self._dialect_of(models, answer.headers)
         before = self._probe = self._probe or Probe(dialect)
+        self._place.dialect = dialect.name
         windows = windows_told(listed(told)) | await self._loaded_windows(dialect)
         self._probe = Probe(dialect, tuple(str(model.get("id")) for model in models), windows)
         self._told_windows.forget_changed(before, self._probe)
@@ -230,14 +232,10 @@ class Upstream:
 
     async def complete(self, body: Json, passed: Headers = NOTHING_PASSED) -> Json:
         """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
-        with self._call(body, passed) as call:
+        with self._place.call(body, passed) as call:
             _, completion = await self._read_json(self._post(body, call), self.settings.total_timeout_s)
-            call.heard([self._checked(completion)])
+            call.heard((self._checked(completion),))
             return cast(Json, completion)
-
-    def _call(self, body: Json, passed: Headers) -> Call:
-        dialect = self._probe.dialect if self._probe else dialects.GENERIC
-        return self._place.call(body, passed, dialect.name)
 
     async def _read_json(
         self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
@@ -265,7 +263,7 @@ class Upstream:
 
     async def stream(self, body: Json, passed: Headers = NOTHING_PASSED) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
-        with self._call(body, passed) as call:
+        with self._place.call(body, passed) as call:
             try:
                 async with asyncio.timeout(self.settings.first_byte_timeout_s):
                     answer = await self._post(body, call)
