@@ -69,7 +69,7 @@ class Services:
         """What is to be told of the store; what it cannot tell just now is no number."""
         store = self.background.store
         try:
-            queue, size_bytes = await asyncio.gather(store.queue(), store.size_bytes())
+            queue, size_bytes = await store.queue(), await store.size_bytes()
         except StoreError as error:
             log.warning("the queue could not be read: %s", error.message)
             return Load(math.nan, math.nan, store.waiting, math.nan)

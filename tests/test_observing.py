@@ -410,3 +410,12 @@ def test_a_call_is_told_of_what_it_is_left_with() -> None:
     call = Place(observer, "one", "localhost", 1).call({}, {})
     call.__exit__(UpstreamGarbled, UpstreamGarbled("No."), None)
     assert observer.metrics.upstream_errors.of["one", "garbled"] == 1
+
+
+def test_a_call_counts_its_tokens_once() -> None:
+    observer = Observer(Metrics())
+    call = Place(observer, "one", "localhost", 1).call({}, {})
+    call.heard([{"usage": DETAILED}])
+    for _ in range(2):
+        call.ended()
+    assert observer.metrics.tokens.of["one", "input"] == 11
