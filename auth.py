@@ -56,15 +56,15 @@ class Owners:
         self._hashes = {name: _parse_hash(name, text) for name, text in settings.keys.items()}
         self._secret = secret
 
-    def caller(self, authorization: str | None) -> Caller:
+    def caller(self, authorization: str | None, trace: Mapping[str, str] = NOTHING_TRACED) -> Caller:
         """Raises: Unauthorized for a key that is missing or unknown."""
         if self._mode == "none":
-            return Caller("")
+            return Caller("", None, trace)
         token = _token(authorization)
         if self._mode == "keys":
-            return Caller(self._name_of(token))
+            return Caller(self._name_of(token), None, trace)
         owner = hmac.new(self._secret, _bytes(token), hashlib.sha256).hexdigest()[:OWNER_DIGITS]
-        return Caller(owner, token)
+        return Caller(owner, token, trace)
 
     def _name_of(self, token: str) -> str:
         """Compares with every key, so that the time taken tells nothing of which it was."""

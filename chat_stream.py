@@ -15,6 +15,7 @@ import orjson
 
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
 from gates import Hold
+from observing import Call
 from refusals import raise_if_error
 from sse import SSEDecoder
 
@@ -41,12 +42,13 @@ class ChatStream:
     `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
     """
 
-    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, hold: Hold) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, hold: Hold, call: Call) -> None:
         self.done = False
         self._is_read = False
         self._hold = hold
         self._answer = answer
         self._limits = limits
+        self._call = call
         self._decoder = SSEDecoder()
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
@@ -60,6 +62,7 @@ class ChatStream:
         try:
             async for data in self._answer.content.iter_any():
                 if chunks := self._chunks(self._decoder.feed(data)):
+                    self._call.heard(chunks)
                     self._heard_at, self._silence_s = self._loop.time(), self._limits.idle_timeout_s
                     yield chunks
                 if self._failure:
@@ -71,6 +74,7 @@ class ChatStream:
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise self._failed(self._broken()) from error
         if chunks := self._chunks(self._decoder.flush()):
+            self._call.heard(chunks)
             yield chunks
         if self._failure:
             raise self._failed(self._failure)
@@ -119,6 +123,7 @@ class ChatStream:
         self._answer.close()
 
     def _failed(self, error: UpstreamError) -> UpstreamError:
+        self._call.failed(error)
         self._hold.end(error)
         return error
 
@@ -141,6 +146,7 @@ class ChatStream:
         """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
         self._timer.cancel()
         self._answer.close()
+        self._call.ended(is_whole=self.done)
         if self.done or self._is_read:
             self._hold.end()
         else:

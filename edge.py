@@ -46,6 +46,7 @@ from event_log import Follower
 from frames import DONE, encode
 from logs import REQUEST_ID, one_line
 from metrics import CONTENT_TYPE
+from observing import Observer, route_of
 from origins import Origins, origins_of
 from passing import WITHOUT_PREFIX
 from quotas import Admission
@@ -85,13 +86,8 @@ def ignored_headers(names: tuple[str, ...]) -> Headers:
     if not names:
         return []
     shown = one_line(names)
-    log.info("left out of %s: %s", REQUEST_ID.get(), shown)
+    log.info("left out: %s", shown)
     return [(b"x-responses-proxy-ignored", shown.encode())]
-
-
-def turn_headers(turn: Turn) -> Headers:
-    """Of a plain answer: who gave it, and what was left out. A stream begins before that is certain."""
-    return [(b"x-responses-proxy-upstream", plain_text(turn.upstream).encode()), *ignored_headers(turn.ignored)]
 
 
 def plain_text(text: str) -> str:
@@ -155,7 +151,7 @@ class Edge:
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/responses."""
         exchange = Exchange(scope, receive, send)
-        caller = self._services.owners.caller(header(scope, b"authorization"))
+        caller = self._caller(scope)
         if self._quotas is None:
             await self._create(exchange, caller)
         else:
@@ -175,6 +171,22 @@ class Edge:
             request = msgspec.structs.replace(request, unused=(*request.unused, "Idempotency-Key"))
             await self._answer(exchange, Asked(request, caller))
 
+    def _caller(self, scope: Scope) -> Caller:
+        """Raises: Unauthorized."""
+        seen = scope["seen"]
+        caller = self._services.owners.caller(header(scope, b"authorization"), seen.trace)
+        seen.owner = caller.owner
+        return caller
+
+    def _ignored(self, names: tuple[str, ...]) -> Headers:
+        """Counts them too."""
+        self._services.observer.ignored(names)
+        return ignored_headers(names)
+
+    def _turn_headers(self, turn: Turn) -> Headers:
+        """Of a plain answer: who gave it, and what was left out. A stream begins before that is certain."""
+        return [(b"x-responses-proxy-upstream", plain_text(turn.upstream).encode()), *self._ignored(turn.ignored)]
+
     async def _answer(self, exchange: Exchange, asked: Asked) -> None:
         if asked.request.background:
             await self._answer_queued(exchange, asked)
@@ -182,13 +194,13 @@ class Edge:
             async with Watched(exchange.receive):
                 turn = await self._services.turns.prepare(asked)
                 response = await turn.run()
-            await send_json(exchange.send, response, turn_headers(turn))
+            await send_json(exchange.send, response, self._turn_headers(turn))
         elif asked.request.previous_response_id:
             await self._stream_patiently(exchange, asked)
         else:
             async with Watched(exchange.receive):
                 turn = await self._accepted(asked)
-            await self._stream(exchange, TurnStream(turn), ignored_headers(turn.ignored))
+            await self._stream(exchange, TurnStream(turn), self._ignored(turn.ignored))
 
     async def _accepted(self, asked: Asked) -> Turn:
         turn = await self._services.turns.prepare(asked)
@@ -209,7 +221,7 @@ class Edge:
             await waiting.close()
             raise
         source = TurnStream(turn) if turn else waiting
-        await self._stream(exchange, source, ignored_headers(turn.ignored if turn else ()))
+        await self._stream(exchange, source, self._ignored(turn.ignored if turn else ()))
 
     async def _stream(self, exchange: Exchange, source: Streamed, headers: Headers) -> None:
         await EventStream(source, headers, self._keepalive_s)(*exchange)
@@ -219,7 +231,7 @@ class Edge:
         background = self._services.background
         response, ignored = await background.admit(asked)
         let_go(exchange.scope)
-        headers = ignored_headers(ignored)
+        headers = self._ignored(ignored)
         if asked.request.stream:
             await self._stream(exchange, background.logs.followed(asked.caller.owner, response), headers)
         else:
@@ -238,7 +250,7 @@ class Edge:
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
         let_go(exchange.scope)
         response, ignored = restored(earlier), ignored_of(earlier)
-        headers = [(b"idempotent-replayed", b"true"), *ignored_headers(ignored)]
+        headers = [(b"idempotent-replayed", b"true"), *self._ignored(ignored)]
         logs = self._services.background.logs
         if asked.request.stream and asked.request.background and await logs.is_kept(response["id"]):
             await self._stream(exchange, logs.followed(asked.caller.owner, response), headers)
@@ -253,7 +265,7 @@ class Edge:
         """Everything that reads or writes stored objects; an upgrade comes here from a server without WebSockets."""
         if wants_websocket(request.scope):
             return no_upgrade()
-        caller = self._services.owners.caller(request.headers.get("authorization"))
+        caller = self._caller(request.scope)
         raw = b""
         if request.method == "POST":
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
@@ -265,23 +277,23 @@ class Edge:
             await answer.close()
             return Response(headers={name.decode(): value.decode() for name, value in EVENT_STREAM_HEADERS})
         unused = tuple(name for name in ("include", "include[]") if name in request.query_params)
-        return EventStream(answer, ignored_headers(unused), self._keepalive_s)
+        return EventStream(answer, self._ignored(unused), self._keepalive_s)
 
     async def window(self, request: Request, work: WindowWork) -> Response:
         """Counts and compactions: a client that leaves stops them."""
-        caller = self._services.owners.caller(request.headers.get("authorization"))
+        caller = self._caller(request.scope)
         with await self.admitted(request.scope, caller.owner, is_held=work not in LIGHT_WORK):
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
             async with Watched(request.receive):
                 told = await work(self._services.windows, caller, raw)
-        names = {name.decode(): value.decode() for name, value in ignored_headers(told.ignored)}
+        names = {name.decode(): value.decode() for name, value in self._ignored(told.ignored)}
         return json_response(told.body, headers=names)
 
     async def models(self, request: Request) -> ASGIApp:
         """GET /v1/models and /v1/models/{id}; what else may be done to a model goes through."""
         if request.method not in ("GET", "HEAD"):
             return self.pass_on
-        caller = self._services.owners.caller(request.headers.get("authorization"))
+        caller = self._caller(request.scope)
         catalogue, model = self._services.catalogue, request.path_params.get("model")
         async with Watched(request.receive):
             told = await (catalogue.entry(caller, model) if model else catalogue.listed(caller))
@@ -292,7 +304,7 @@ class Edge:
         if wants_websocket(scope):
             await no_upgrade()(scope, receive, send)
             return
-        caller = self._services.owners.caller(header(scope, b"authorization"))
+        caller = self._caller(scope)
         with await self.admitted(scope, caller.owner):
             await self._services.carrier.carry(scope, receive, send, caller)
 
@@ -307,8 +319,8 @@ class Edge:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        queue = await self._services.background.store.queue()
-        return Response(self._services.metrics.text(queue.queued, queue.running), media_type=CONTENT_TYPE)
+        load = await self._services.load()
+        return Response(self._services.observer.metrics.text(load), media_type=CONTENT_TYPE)
 
 
 MODEL_PATHS = ("/models", "/models/{model:path}")
@@ -346,12 +358,12 @@ def response_to(error: Exception, request_id: str) -> Response:
     """The one place where an exception becomes an HTTP answer."""
     if isinstance(error, ProxyError):
         if error.http_status >= 500:
-            log.warning("%s: %s", request_id, error.message)
+            log.warning("answered %d: %s", error.http_status, error.logged)
         return error_response(error)
     if isinstance(error, HTTPException):
         return error_response(ROUTING_ERRORS.get(error.status_code, NotFound)("Unknown request URL or method."))
     if isinstance(error, ClientGone):
-        log.info("client left %s", request_id)
+        log.info("client left")
         return Response(status_code=499)
     log.error("fault of this program in %s", request_id, exc_info=error)
     return error_response(ProxyError(f"Internal error; the log has it under {request_id}."))
@@ -360,15 +372,20 @@ def response_to(error: Exception, request_id: str) -> Response:
 ROUTING_ERRORS: dict[int, type[ProxyError]] = {405: MethodNotAllowed}
 
 
+# What the direct routes are told as.
+TURNS = "POST /v1/responses"
+
+
 class Outermost:
     """Gives every request an id, and turns what goes wrong into an answer."""
 
-    def __init__(self, edge: Edge, new_id: Callable[[str], str]) -> None:
+    def __init__(self, edge: Edge, observer: Observer, new_id: Callable[[str], str]) -> None:
         self._direct = direct_routes(edge)
         self._routes = routes(edge)
         self._router = Router(self._routes, redirect_slashes=False, default=edge.pass_on)
         self._sockets = edge.sockets
         self._origins = edge.origins
+        self._observer = observer
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -380,6 +397,9 @@ class Outermost:
             await self._socket(scope, receive, send)
             return
         scope["app"] = self  # the router raises its 404 and 405 only inside an application
+        seen = scope["seen"] = self._observer.request(scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        direct = self._direct.get((scope["method"], path))
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -387,14 +407,13 @@ class Outermost:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], *added]
+                seen.answered(message["status"], message["headers"], TURNS if direct else route_of(scope))
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
             if self._origins is not None:
                 refuse_foreign(self._origins, scope)
-            route = self._direct.get((scope["method"], path), self._router)
-            await route(scope, receive, send_with_id)
+            await (direct or self._router)(scope, receive, send_with_id)
         except Exception as error:
             if started:  # the server cuts the answer, and logs the exception
                 log.error("fault of this program in %s, after its answer began", request_id)
@@ -403,6 +422,8 @@ class Outermost:
             if isinstance(error, HTTPException) and response.status_code == 405:
                 response.headers["allow"] = ", ".join(sorted(self._methods(scope, path)))
             await response(scope, receive, send_with_id)
+        finally:
+            seen.ended(TURNS if direct else route_of(scope))
 
     def _methods(self, scope: Scope, path: str) -> set[str]:
         """What a path can be asked for. The router names those of its first route of that path only."""

@@ -55,6 +55,13 @@ class ProxyError(Exception):
         self.error_code = code or self.code
         self.http_status = self.status
         self.retry_after_s: float | None = None
+        # What a log may hold of a message that quotes a client or a backend.
+        self.log_message: str | None = None
+
+    @property
+    def logged(self) -> str:
+        """The message without anybody else's words."""
+        return self.log_message or self.message
 
     def to_wire(self) -> Json:
         """The HTTP body: all four keys always present."""
@@ -68,6 +75,11 @@ class ProxyError(Exception):
 
 class InvalidRequest(ProxyError):
     status, type = 400, "invalid_request_error"
+
+    @property
+    def logged(self) -> str:
+        """Messages quote what was wrong."""
+        return self.log_message or f"{type(self).__name__} {self.error_code or ''} '{self.param or ''}'"
 
 
 class MissingParameter(InvalidRequest):

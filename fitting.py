@@ -22,8 +22,8 @@ from counting import Counter
 from dispatch import Ready, Renderer, Way
 from errors import InvalidRequest, UpstreamError, WindowExceeded
 from folding import COMPACTION, Contents, Fold, contents_of, is_standing
-from metrics import Metrics
 from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
+from observing import Observer
 from past import NO_WINDOW
 from refusals import LATER
 from request import TRIGGER, TurnRequest
@@ -70,7 +70,7 @@ class FitMeans:
     renderer: Renderer
     counter: Counter
     seals: Seals
-    metrics: Metrics
+    observer: Observer
     clock: Callable[[], float]
 
 
@@ -83,7 +83,8 @@ class Fitter:
         self.weigher = Weigher(means.counter)
         self.needs = Needs(self.weigher, means.settings)
         self._seals = means.seals
-        self._metrics = means.metrics
+        self._observer = means.observer
+        self._metrics = means.observer.metrics
         self._clock = means.clock
 
     def truncated(self, prompt: Prompt, need: Need) -> Contents:
@@ -103,6 +104,15 @@ class Fitter:
 
     async def made(self, prompt: Prompt, need: Need) -> Made:
         """What takes the place of a window. Raises: UpstreamError."""
+        trace = prompt.caller.trace
+        with self._observer.step("compact", trace, {"responses_proxy.compaction.cause": need.cause}) as step:
+            caller = msgspec.structs.replace(prompt.caller, trace=step.trace)
+            made = await self._made(msgspec.structs.replace(prompt, caller=caller), need)
+            tokens = {"before_tokens": int(need.tokens), "after_tokens": int(made.tokens)}
+            step.note({f"responses_proxy.compaction.{name}": number for name, number in tokens.items()})
+            return made
+
+    async def _made(self, prompt: Prompt, need: Need) -> Made:
         began_at = self._clock()
         balance = await asyncio.to_thread(self.weigher.balance, prompt, need.tokens)
         try:
@@ -115,7 +125,7 @@ class Fitter:
             self._metrics.compaction_failures.labels(need.cause).inc()
             if error.http_status in LATER or error.error_code == FAILED:
                 raise
-            raise failed(error.message) from error
+            raise failed(error.message, error.logged) from error
         made = Made(fold, usage, balance.contents_tokens(contents_of(fold)))
         self._metrics.compacted(need.cause, need.tokens, made.tokens, self._clock() - began_at)
         numbers = (need.tokens, made.tokens, usage["total_tokens"])
@@ -218,7 +228,9 @@ class Fit:
         try:
             return await self.compact(need)
         except UpstreamError as error:
-            raise WindowExceeded(f"{refused.message} {error.message}") from error
+            both = WindowExceeded(f"{refused.message} {error.message}")
+            both.log_message = f"{refused.logged} {error.logged}"
+            raise both from error
 
     async def complete(self) -> Json:
         """The backend's whole answer. Raises: UpstreamError."""

@@ -18,26 +18,13 @@ BUSY_RETRY_AFTER_S = 2.0
 
 
 class Observer(Protocol):
-    """Is told of every call of a backend that failed, and of what was done about it, by the backends' names."""
+    """Is told, by the backends' names, of calls that were not made, and of those that another backend got."""
 
-    def failed(self, upstream: str, error: UpstreamError) -> None:
-        """A call has failed for good on this backend, or was not made: UpstreamBusy, CircuitOpen."""
-
-    def retried(self, upstream: str, error: UpstreamError) -> None:
-        """An attempt failed, and another one is made on the same backend."""
+    def turned_away(self, upstream: str, error: UpstreamError) -> None:
+        """UpstreamBusy or CircuitOpen: no call was made."""
 
     def fell_back(self, upstream: str, to: str, error: UpstreamError) -> None:
         """A request goes on with another backend."""
-
-
-class Unobserved:
-    """Takes no notice."""
-
-    def failed(self, upstream: str, error: UpstreamError) -> None: ...
-
-    def retried(self, upstream: str, error: UpstreamError) -> None: ...
-
-    def fell_back(self, upstream: str, to: str, error: UpstreamError) -> None: ...
 
 
 class Terms(NamedTuple):
@@ -142,7 +129,7 @@ class Hold:
             guard.circuit.enter(has_other)
         except UpstreamError as error:
             self._let_go()
-            guard.observer.failed(guard.name, error)
+            guard.observer.turned_away(guard.name, error)
             raise
         return self
 
@@ -179,7 +166,6 @@ class Hold:
         """Notes a failure that is not raised, such as that of an answer that is passed on as it is."""
         self._is_judged = True
         self._guard.circuit.failed(error)
-        self._guard.observer.failed(self._guard.name, error)
 
     def _let_go(self) -> None:
         if self._is_held:

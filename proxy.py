@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
 import logging
 import math
 import os
@@ -31,7 +30,7 @@ from edge import Edge, Outermost, with_cors
 from errors import StoreError
 from listening import HeadLimit, tell_where, unix_listener
 from logs import SOCKET_LOG, start_logging
-from services import STOP_SIGNALS, opened
+from services import STOP_SIGNALS, opened, version
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sockets import STOPPING
 from vocabulary import VOCABULARIES
@@ -62,7 +61,7 @@ class Application:
         try:
             settings = self._load()
             async with opened(settings) as services:
-                served = Outermost(Edge(settings, services), services.sources.new_id)
+                served = Outermost(Edge(settings, services), services.observer, services.sources.new_id)
                 self._served = with_cors(served, settings.server.cors_origins)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
@@ -72,7 +71,14 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-app = Application(settings_of_environ)
+def settings_for_server() -> Settings:
+    """What `uvicorn proxy:app` runs with, its log lines among it. Raises: SettingsError."""
+    settings = settings_of_environ()
+    start_logging(settings.server.log_level, settings.server.log_format)
+    return settings
+
+
+app = Application(settings_for_server)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -108,13 +114,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.word not in words:
         parser.error(f"after '{args.command}' comes {' or '.join(filter(None, words)) or 'no other word'}")
     return args
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version("responses-proxy")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def settings_of_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = settings_of_args(args, os.environ)
-        start_logging(settings.server.log_level)
+        start_logging(settings.server.log_level, settings.server.log_format)
         return run_command(args, settings)
     except SettingsError as error:
         print(f"responses-proxy: {error}", file=sys.stderr)

@@ -17,12 +17,21 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from chat_stream import TIMER_STEP_S, StreamLimits
-from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from errors import (
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gates import Hold
+from observing import Call
 
 Body = bytes | AsyncIterator[bytes] | None
 # A body from this size on goes out in pieces, so that it does not hold up the others.
 LARGE_BODY_BYTES = 1024 * 1024
-SWITCHING_PROTOCOLS, LAST_STATUS = 101, 599
+SWITCHING_PROTOCOLS, FIRST_FAULT, LAST_STATUS = 101, 500, 599
 # What the HTTP client would add where a client of ours sent nothing.
 NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
@@ -48,8 +57,11 @@ class Relay:
         self._where = f"Upstream '{limits.name}' at {URL(base_url).authority.rpartition('@')[2]}"
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
 
-    async def open(self, asked: Outgoing, headers: Mapping[str, str]) -> Relayed:
-        """The answer from its headers on, whatever its status; `headers` replace those asked. Raises: UpstreamError."""
+    async def open(self, asked: Outgoing, headers: Mapping[str, str], hold: Hold, call: Call) -> Relayed:
+        """The answer from its headers on, whatever its status; `headers` replace those asked. Raises: UpstreamError.
+
+        `hold` and `call` are the answer's until its end.
+        """
         try:
             async with asyncio.timeout(self._limits.first_byte_timeout_s) as timer:
                 answer = await self._answer(asked, headers, timer)
@@ -62,7 +74,7 @@ class Relay:
         if answer.status == SWITCHING_PROTOCOLS or answer.status > LAST_STATUS:
             answer.close()
             raise UpstreamGarbled(f"Upstream '{self._limits.name}' answered with the status {answer.status}.")
-        return Relayed(answer, self._limits)
+        return Relayed(answer, self._limits, hold.keep(), call.stay_open())
 
     async def _answer(
         self, asked: Outgoing, headers: Mapping[str, str], timer: asyncio.Timeout
@@ -125,9 +137,12 @@ class Upload:
 class Relayed:
     """An answer from its headers on. `close` it in every case."""
 
-    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, hold: Hold, call: Call) -> None:
         self.status = answer.status
         self.headers = answer.raw_headers
+        self._hold = hold
+        self._call = call
+        self._is_read = False
         self._answer = answer
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -136,6 +151,8 @@ class Relayed:
         self._awaited_since = self._loop.time()
         self._timed_out: str | None = None
         self._timer = self._next_check()
+        if self.status >= FIRST_FAULT:
+            self._failed(UpstreamRefused("An answer that was passed on.", status=self.status))
 
     async def pour(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """One write for each read of the network, to the end. Raises: UpstreamError for an end that came too early."""
@@ -146,7 +163,13 @@ class Relayed:
                 await write(data)
                 self._awaited_since = time_of()
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._broken() from error
+            raise self._failed(self._broken()) from error
+        self._is_read = True
+
+    def _failed(self, error: UpstreamError) -> UpstreamError:
+        self._call.failed(error)
+        self._hold.failed(error)
+        return error
 
     def _broken(self) -> UpstreamError:
         name = self._limits.name
@@ -175,3 +198,8 @@ class Relayed:
         """An answer that was not read to its end closes the connection, and so stops the backend."""
         self._timer.cancel()
         self._answer.close()
+        self._call.ended(is_whole=self._is_read)
+        if self._is_read:
+            self._hold.end()
+        else:
+            self._hold.give_up()

@@ -13,7 +13,8 @@ from fnmatch import translate
 
 from circuits import is_failure
 from errors import UpstreamError
-from gates import Observer, Unobserved
+from metrics import Metrics
+from observing import Observer
 from upstream import Upstream, UpstreamSettings, new_session
 
 log = logging.getLogger("responses_proxy.routing")
@@ -57,7 +58,7 @@ class Upstreams:
 
     def __init__(self, settings: tuple[UpstreamSettings, ...], observer: Observer | None = None) -> None:
         """Raises: KeyError for a fallback that is none of them."""
-        self._observer = observer or Unobserved()
+        self._observer = observer or Observer(Metrics())
         self._session = new_session()
         self._all = tuple(Upstream(each, self._session, self._observer) for each in settings)
         self._routes = Routes(self._all)

@@ -179,5 +179,12 @@ class RunStore(Store, Protocol):
     async def runs(self) -> list[RunInfo]:
         """All runs of all owners, in the order of their admission."""
 
+    @property
+    def waiting(self) -> int:
+        """How many writes of this process have not begun."""
+
+    async def size_bytes(self) -> int:
+        """What the store takes on disk, about."""
+
     async def queue(self) -> QueueState:
         """How many runs wait, and how many are carried out, in all processes."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
+import importlib.metadata
 import logging
+import math
 import signal
 import threading
 import time
@@ -27,7 +30,8 @@ from counting import Counter, by_vocabulary
 from errors import StoreError
 from keys import KeyFile, load_keys
 from leases import Leases
-from metrics import Metrics
+from metrics import Load, Metrics
+from observing import Observer
 from once import Once
 from quotas import Quotas, QuotaSettings, own_quotas
 from readiness import Readiness
@@ -39,6 +43,7 @@ from sockets import SocketMeans, Sockets
 from sources import Ids, Sources
 from store import StoreSettings, open_store
 from stored import Stored
+from tracing import Tracing
 from turns import Means, Turns
 from verbs import Purged, Store
 from vocabulary import load
@@ -73,10 +78,20 @@ class Services:
     carrier: Carrier
     once: Once
     owners: Owners
-    metrics: Metrics
+    observer: Observer
     sources: Sources
     readiness: Readiness
     quotas: Quotas | None
+
+    async def load(self) -> Load:
+        """What is to be told of the store; what it cannot tell just now is no number."""
+        store = self.background.store
+        try:
+            queue, size_bytes = await store.queue(), await store.size_bytes()
+        except StoreError as error:
+            log.warning("the queue could not be read: %s", error.message)
+            return Load(math.nan, math.nan, store.waiting, math.nan)
+        return Load(queue.queued, queue.running, store.waiting, size_bytes)
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +103,8 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         )
     async with contextlib.AsyncExitStack() as stack:
         store = await opened_store(settings, stack)
-        upstreams = Upstreams(settings.upstream)
+        observer = await opened_observer(settings, stack)
+        upstreams = Upstreams(settings.upstream, observer)
         stack.push_async_callback(upstreams.close)
         sources = Sources(time.time, Ids(time.time))
         leases = Leases(store, sources)
@@ -96,7 +112,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         watcher = Watcher(store)
         counter = await make_counter(settings.compaction.vocabulary)
         quotas = own_quotas(settings.limits, time.monotonic)
-        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, Metrics(), quotas)
+        means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, observer, quotas)
         services = await make_services(settings, store, means)
         stack.push_async_callback(services.readiness.close)
         stack.push_async_callback(services.turns.ahead.close)
@@ -121,6 +137,31 @@ async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> 
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("responses-proxy")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+async def opened_observer(settings: Settings, stack: contextlib.AsyncExitStack) -> Observer:
+    """Raises: SettingsError for spans without the packages that record them."""
+    tracing = opened_tracing() if settings.tracing.enabled else None
+    if tracing is not None:
+        stack.push_async_callback(tracing.close)
+    return Observer(Metrics(version()), tracing, has_access_log=settings.server.access_log)
+
+
+def opened_tracing() -> Tracing:
+    """Imports what it takes only now: that costs memory and time at the start. Raises: SettingsError."""
+    try:
+        found: Tracing = importlib.import_module("spans").opened(version())
+    except ModuleNotFoundError as error:
+        needed = "pip install 'responses-proxy[otel]'"
+        raise SettingsError(f"tracing.enabled needs the extra 'otel': {needed} ({error.name} is missing)") from error
+    return found
 
 
 async def make_counter(name: str) -> Counter:
@@ -156,7 +197,9 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
     stored = Stored(store, background, means.sources, settings.limits, settings.turns.conversation_wait_s)
     windows = Windows(turns.pasts, turns.fitter, means.sources, settings.limits)
     limits, new_id = settings.limits, means.sources.new_id
-    socket_means = SocketMeans(turns, settings.websocket, limits, limits.body_bytes, new_id, means.quotas)
+    socket_means = SocketMeans(
+        turns, settings.websocket, limits, limits.body_bytes, new_id, means.quotas, means.observer
+    )
     return Services(
         turns=turns,
         background=background,
@@ -167,7 +210,7 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
         carrier=Carrier(means.upstreams, limits.body_bytes),
         once=Once(means.leases),
         owners=owners,
-        metrics=means.metrics,
+        observer=means.observer,
         sources=means.sources,
         readiness=Readiness(store, means.upstreams, means.sources, lambda: background.is_stopping),
         quotas=means.quotas,

@@ -22,6 +22,7 @@ from auth import AuthSettings
 from background import BackgroundSettings
 from compaction import CompactionSettings
 from errors import Json
+from logs import Form
 from origins import refuse_malformed
 from quotas import QuotaSettings
 from request import RequestLimits
@@ -29,6 +30,7 @@ from sealing import SealingSettings
 from sockets import WebSocketSettings
 from store import StoreSettings
 from streaming import ReasoningSettings
+from tracing import TracingSettings
 from turns import TurnSettings
 from upstream import UpstreamSettings, settings_for
 
@@ -48,6 +50,8 @@ class ServerSettings:
     keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 15.0
     shutdown_grace_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Form = "console"
+    access_log: bool = False
 
     def __post_init__(self) -> None:
         refuse_malformed(self.cors_origins)
@@ -78,6 +82,7 @@ class Settings:
     background: BackgroundSettings = field(default_factory=BackgroundSettings)
     compaction: CompactionSettings = field(default_factory=CompactionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
 
 
@@ -92,6 +97,7 @@ SECTIONS: dict[str, type[Any]] = {
     "background": BackgroundSettings,
     "compaction": CompactionSettings,
     "reasoning": ReasoningSettings,
+    "tracing": TracingSettings,
     "upstream": UpstreamSettings,
 }
 

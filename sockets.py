@@ -22,10 +22,12 @@ from auth import Caller, Owners
 from errors import InvalidRequest, NotFound, ProxyError, UnsupportedParameter
 from frames import Event
 from logs import REQUEST_ID, one_line
+from observing import NOTED, Noted, Observer
 from quotas import Quotas
 from remembered import LaneMemory, Memory
 from request import RequestLimits, TurnRequest, parse_body, parse_request
 from stream_lanes import StreamLanes, Waiting, lane_name
+from tracing import trace_of
 from turns import Asked, Turn, Turns
 
 Json = dict[str, Any]
@@ -204,6 +206,7 @@ class SocketMeans:
     most_waiting_bytes: int
     new_id: Callable[[str], str]
     quotas: Quotas | None
+    observer: Observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +318,7 @@ class Connection:
         """Nothing that goes wrong with it ends the connection, but for a client that left."""
         request_id = self._means.new_id("req")
         REQUEST_ID.set(request_id)
+        NOTED.set(Noted())
         try:
             await self._respond(request, self._memory.lane(request.stream_id))
         except ProxyError as error:
@@ -367,6 +371,7 @@ class Connection:
 
     async def _tell_all(self, turn: Turn, stream_id: str | None) -> bool:
         last = ""
+        self._means.observer.ignored(turn.ignored)
         async with contextlib.aclosing(turn.events()) as batches:
             async for batch in batches:
                 await self._client.tell(batch if last else _naming(batch, turn.ignored), stream_id)
@@ -410,8 +415,13 @@ class Sockets:
         except ProxyError as error:
             await refuse_upgrade(scope, send, error, headers)
             return
+        metrics = self._means.observer.metrics
         await send({"type": "websocket.accept", "headers": headers})
-        await Connection(self._means, caller, Client(receive, send)).serve()
+        metrics.websockets_open += 1
+        try:
+            await Connection(self._means, caller, Client(receive, send)).serve()
+        finally:
+            metrics.websockets_open -= 1
 
     def _admitted(self, scope: Scope) -> Caller:
         """Raises: NotFound, Unauthorized, UnsupportedParameter."""
@@ -420,7 +430,7 @@ class Sockets:
         if not self._means.settings.enabled:
             raise no_websocket()
         given = scope["header_values"].get(b"authorization")
-        return self._owners.caller(None if given is None else given.decode("latin-1"))
+        return self._owners.caller(None if given is None else given.decode("latin-1"), trace_of(scope["headers"]))
 
 
 async def refuse_upgrade(scope: Scope, send: Send, error: ProxyError, headers: list[tuple[bytes, bytes]]) -> None:

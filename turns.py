@@ -26,8 +26,9 @@ from errors import ProxyError, UpstreamError, WindowExceeded
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from leases import Leases
-from metrics import Metrics
+from metrics import Metrics, Mode, TurnMeter
 from needs import Need
+from observing import NOTED, Observer
 from past import REASONING, Pasts, Patience, Place
 from quotas import Quotas
 from records import Notes, decoded, identified, new_items, new_turn
@@ -69,8 +70,12 @@ class Means:
     sources: Sources
     watcher: Watcher
     counter: Counter
-    metrics: Metrics
+    observer: Observer
     quotas: Quotas | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.observer.metrics
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -84,6 +89,12 @@ class Asked(msgspec.Struct, frozen=True):
     first_use: FirstUse | None = None
     lane: LaneMemory | None = None
     generates: bool = True
+
+    @property
+    def mode(self) -> Mode:
+        if self.request.background:
+            return "background"
+        return "websocket" if self.lane is not None else "streamed" if self.request.stream else "plain"
 
 
 # Puts a turn into the store, and with it the events before the terminal one; whether it was still ours to be put there.
@@ -115,20 +126,22 @@ class Turns:
         patience = Patience(settings.conversation_wait_s, settings.parent_wait_s)
         self.pasts = Pasts(means.leases, means.seals, means.watcher, patience)
         self.renderer = Renderer(means.upstreams, strict=settings.strict)
-        fitting = FitMeans(compaction, self.renderer, means.counter, means.seals, means.metrics, means.sources.clock)
+        fitting = FitMeans(compaction, self.renderer, means.counter, means.seals, means.observer, means.sources.clock)
         self.fitter = Fitter(fitting)
         self.ahead = Ahead(self.pasts, self.fitter, means.leases, means.seals)
 
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
         course = course or self._own_course(asked.request, asked.lane)
+        meter = self._means.metrics.turn(asked.mode)
+        note(asked.request, course)
         past = await self.pasts.of(asked.request, asked.caller.owner, course.place)
         try:
             render = self.renderer.rendered if asked.generates else self.renderer.ready
             ready = await render(asked.request, past.window, past.left_out)
             prompt = Prompt(asked.request, asked.caller, past, ready.way)
             fit = Fit(self.fitter, prompt, ready, course.item_ids)
-            return self._turn(asked, course, ready, fit)
+            return self._turn(asked, course, ready, fit, meter)
         except BaseException:
             await past.release()
             raise
@@ -159,10 +172,10 @@ class Turns:
         await self._means.leases.store.save(turn)
         return True
 
-    def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
+    def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit, meter: TurnMeter) -> Turn:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, fit, course, self.ahead, self._means.quotas)
+        keeper = Keeper(asked, fit, course, self.ahead, self._means.quotas, meter)
         kind = Turn if asked.generates else WarmUp
         return kind(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
@@ -208,6 +221,13 @@ def begin(request: TurnRequest, response_id: str, created_at: int) -> Json:
     }
 
 
+def note(request: TurnRequest, course: Course) -> None:
+    """For the line and the spans of the request."""
+    if (noted := NOTED.get()) is not None:
+        noted.response_id = course.begun["id"]
+        noted.conversation_id = request.conversation_id or ""
+
+
 class Keeper(msgspec.Struct, frozen=True):
     """Puts the response of one turn into the store, and into the memory of its connection."""
 
@@ -216,6 +236,7 @@ class Keeper(msgspec.Struct, frozen=True):
     course: Course
     ahead: Ahead
     quotas: Quotas | None
+    meter: TurnMeter
 
     def count(self, machine: ResponseStream) -> None:
         """Tells the quotas what the turn took, compaction and all."""
@@ -249,7 +270,9 @@ class Keeper(msgspec.Struct, frozen=True):
         first_use = None if turn.is_detached else self.asked.first_use
         if lease or first_use:
             turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
+        began_at = self.meter.clock()
         is_saved = await save(turn, closing)
+        self.meter.saved(began_at)
         if lease and is_saved:
             await lease.was_given_back()
         if is_saved and not turn.is_detached:
@@ -263,6 +286,7 @@ class Turn:
         self._fit = fit
         self._machine = machine
         self._keeper = keeper
+        self._meter = keeper.meter
         self._created_after_s = created_after_s
         self._accepting: asyncio.Task[ChatStream | Need] | None = None
         self._is_told = False
@@ -282,14 +306,17 @@ class Turn:
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
         try:
-            await self._look()
-            if not self._fit.is_mere:
-                self._machine.feed(await self._completion())
-            self._machine.close()
-            self._keeper.count(self._machine)
-            await self._keeper.keep(self._machine, [])
-            self._learn()
-            return self._machine.snapshot()
+            with self._meter:
+                await self._look()
+                if not self._fit.is_mere:
+                    self._machine.feed(await self._completion())
+                self._machine.close()
+                self._keeper.count(self._machine)
+                await self._keeper.keep(self._machine, [])
+                self._learn()
+                response = self._machine.snapshot()
+                self._meter.status = response["status"]
+                return response
         finally:
             await self._fit.prompt.past.release()
 
@@ -316,7 +343,7 @@ class Turn:
         except UpstreamError as error:
             if need.cause != "threshold":
                 raise
-            log.warning("the turn goes on as it is: %s", error.message)
+            log.warning("the turn goes on as it is: %s", error.logged)
             return []
         return self._machine.compacted(fitted.item, fitted.made.usage)
 
@@ -346,6 +373,7 @@ class Turn:
     def _refused(self, error: BaseException) -> None:
         """A window that is too full is compacted while the client hears the first events."""
         if not (isinstance(error, WindowExceeded) and self._fit.can_change(error)):
+            self._meter.ended("failed")
             raise error
 
     def _call_backend(self) -> asyncio.Task[ChatStream | Need]:
@@ -372,7 +400,7 @@ class Turn:
                 async for batch in batches:
                     yield batch
         except ProxyError as error:
-            log.warning("turn failed: %s", error.message)
+            log.warning("turn failed: %s", error.logged)
             yield await self._failed(error)
         except Exception:
             log.exception("turn failed on a fault of this proxy")
@@ -417,6 +445,7 @@ class Turn:
             for chunk in chunks:
                 events += self._machine.feed(chunk)
             if events:
+                self._meter.told()
                 yield events
         if not stream.done and not self._machine.ended:
             raise stream.cut_short()
@@ -429,7 +458,7 @@ class Turn:
         try:
             await asyncio.shield(saving)
         except ProxyError as error:
-            log.warning("turn could not be kept: %s", error.message)
+            log.warning("turn could not be kept: %s", error.logged)
             return last + await self._failed(error)
         except asyncio.CancelledError:
             self._unsaid = last
@@ -456,7 +485,7 @@ class Turn:
         try:
             await self._keeper.keep(self._machine, [])
         except ProxyError as failure:
-            log.warning("a failed turn could not be kept: %s", failure.message)
+            log.warning("a failed turn could not be kept: %s", failure.logged)
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:
@@ -471,6 +500,7 @@ class Turn:
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
+        self._meter.ended(self._machine.snapshot()["status"] if self._is_told or self._is_kept else "cancelled")
         try:
             await self._let_go()
         finally:

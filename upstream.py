@@ -14,7 +14,7 @@ import os
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import aiohttp
 import orjson
@@ -27,8 +27,10 @@ from chat_stream import ChatStream, StreamLimits
 from circuits import Circuit
 from dialects import Dialect
 from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
-from gates import NO_TERMS, Gate, Guard, Hold, Observer, Terms
+from gates import NO_TERMS, Gate, Guard, Hold, Terms
+from logs import REQUEST_ID
 from looks import Look
+from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
 
@@ -79,6 +81,7 @@ class UpstreamSettings:
     fallback: tuple[str, ...] = ()
     circuit_failures: int = 5
     circuit_open_s: float = 15.0
+    send_request_id: bool = False
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -108,6 +111,7 @@ class Upstream:
         self._base_url = settings.base_url.rstrip("/")
         self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
+        self._place = Place(observer, settings.name, self._host.host or "", self._host.port or 0)
         self._headers = self._make_headers()
         self._stream_limits = settings.stream_limits
         self._guard = guard_of(settings, observer)
@@ -115,6 +119,7 @@ class Upstream:
         self._relay = Relay(session, self._base_url, self._stream_limits, settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
+        self._place.dialect = self._told_dialect or dialects.GENERIC.name
         self._looks = Look(self._look)
         self._told_windows = ToldWindows()
         self._count_again_at = 0.0
@@ -129,10 +134,12 @@ class Upstream:
         return headers
 
     def _headers_for(self, passed: Headers) -> CIMultiDict[str]:
-        if not passed:
+        if not passed and not self.settings.send_request_id:
             return self._headers
         headers = self._headers.copy()
         headers.update(passed)
+        if self.settings.send_request_id:
+            headers["X-Request-Id"] = REQUEST_ID.get()
         return headers
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -175,6 +182,7 @@ class Upstream:
         models = entries(told, "data")
         dialect = self._dialect_of(models, answer.headers)
         before = self._probe = self._probe or Probe(dialect)
+        self._place.dialect = dialect.name
         windows = windows_told(listed(told)) | await self._loaded_windows(dialect)
         self._probe = Probe(dialect, tuple(str(model.get("id")) for model in models), windows)
         self._told_windows.forget_changed(before, self._probe)
@@ -267,8 +275,10 @@ class Upstream:
     async def complete(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Json:
         """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
         async with self.held(terms):
-            _, completion = await self._read_json(self._post(body, passed), self.settings.total_timeout_s)
-            return self._checked(completion)
+            with self._place.call(body, passed) as call:
+                _, completion = await self._read_json(self._post(body, call), self.settings.total_timeout_s)
+                call.heard((self._checked(completion),))
+                return cast(Json, completion)
 
     async def _read_json(
         self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
@@ -297,26 +307,31 @@ class Upstream:
     async def stream(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> ChatStream:
         """The answer as chunks, once the backend has accepted the request. `close` it. Raises: UpstreamError."""
         async with self.held(terms) as hold:
-            try:
-                async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                    answer = await self._post(body, passed)
-            except TimeoutError as error:
-                raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
-            return ChatStream(answer, self._stream_limits, hold.keep())
+            with self._place.call(body, passed) as call:
+                try:
+                    async with asyncio.timeout(self.settings.first_byte_timeout_s):
+                        answer = await self._post(body, call)
+                except TimeoutError as error:
+                    raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
+                return ChatStream(answer, self._stream_limits, hold.keep(), call.stay_open())
 
-    async def relay(self, asked: Outgoing, passed: Headers = NOTHING_PASSED) -> Relayed:
+    async def relay(self, asked: Outgoing, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Relayed:
         """A request as a client made it, with the headers of the settings, and any answer. Raises: UpstreamError."""
         headers = self._headers_for(passed).copy()
         headers.popall("Content-Type", None)
-        return await self._relay.open(asked, headers)
+        async with self.held(terms) as hold:
+            with self._place.untold(passed) as call:
+                call.sent()
+                return await self._relay.open(asked, headers, hold, call)
 
-    async def _post(self, body: Json, passed: Headers) -> aiohttp.ClientResponse:
+    async def _post(self, body: Json, call: Call) -> aiohttp.ClientResponse:
         attempt = 0
-        headers = self._headers_for(passed)
+        headers = self._headers_for(call.passed)
         tried: list[Mend] = []
         for known in self._mends:
             body = known(body)
         while True:
+            call.sent()
             try:
                 answer = await self._send("POST", "/chat/completions", orjson.dumps(body), headers)
                 self._mends += tried
@@ -326,13 +341,15 @@ class Upstream:
                 if mend is not None and mend not in tried:
                     tried.append(mend)
                     body = mend(body)
+                    call.failed(error)
                     continue
                 wait_s = self._retry_wait_s(error, attempt)
                 if wait_s is None:
                     raise
                 attempt += 1
+                call.failed(error)
+                call.retried()
                 log.warning("upstream '%s': %s; again in %.1f s", self.settings.name, type(error).__name__, wait_s)
-                self._guard.observer.retried(self.settings.name, error)
                 await asyncio.sleep(wait_s)
 
     def _retry_wait_s(self, error: UpstreamError, attempt: int) -> float | None:

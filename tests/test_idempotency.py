@@ -34,6 +34,7 @@ from counting import Counter
 from edge import Edge, Outermost
 from leases import Leases
 from metrics import Metrics
+from observing import Observer
 from routing import Upstreams
 from services import make_seals, make_services, opened_store
 from sources import Ids, Sources
@@ -456,7 +457,7 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         sources = Sources(clock, Ids(clock))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
-        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Metrics())
+        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Observer(Metrics()))
         services = await make_services(settings, store, means)
         listener = listening_socket()
         asgi = Outermost(Edge(settings, services), sources.new_id)

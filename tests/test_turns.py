@@ -18,6 +18,7 @@ from counting import Counter
 from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
 from leases import Leases
 from metrics import Metrics
+from observing import Observer
 from records import restored
 from request import RequestLimits, parse_request
 from routing import Upstreams
@@ -56,7 +57,7 @@ class Bench:
             sources,
             Watcher(self.store),
             Counter(),
-            Metrics(),
+            Observer(Metrics()),
         )
         return Turns(means, TurnSettings(**settings), ReasoningSettings(), CompactionSettings())
 
