@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +102,26 @@ def test_the_root_is_read_only_for_what_runs_in_it(image: Image) -> None:
 
 def test_the_healthcheck_fails_without_a_server(image: Image, environ: dict[str, str]) -> None:
     assert run(image, image.healthcheck, environ).returncode == 1
+
+
+class Ailing(http.server.BaseHTTPRequestHandler):
+    """Answers, but not that it is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_healthcheck_fails_where_the_answer_is_not_200(image: Image, environ: dict[str, str]) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Ailing) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        port = {"RESPONSES_PROXY_SERVER__PORT": str(server.server_port)}
+        assert run(image, image.healthcheck, environ | port).returncode == 1
+        thread.join()
 
 
 def test_the_healthcheck_goes_past_the_proxy_of_the_environment(image: Image, environ: dict[str, str]) -> None:
