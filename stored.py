@@ -29,7 +29,6 @@ from verbs import Conversation, KeptResponse, Page, Store, clipped, no_conversat
 Json = dict[str, Any]
 T = TypeVar("T")
 ITEMS_AT_ONCE = 20
-MAX_SAFE_INTEGER = 2**53 - 1  # of clients' JSON, where numbers of events go
 
 
 class Visit(msgspec.Struct, frozen=True):
@@ -47,7 +46,7 @@ class ItemQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class RetrieveQuery(ItemQuery, frozen=True):
     stream: bool = False
-    starting_after: Annotated[int, msgspec.Meta(le=MAX_SAFE_INTEGER)] | None = None
+    starting_after: int | None = None
     include_obfuscation: bool | None = None
 
 

@@ -32,8 +32,8 @@ BARE = {"/healthz", "/metrics"}
 OPERATIONS = [
     f"{method.upper()} {path}" for path, place in DOCUMENT["paths"].items() for method in place if method != "servers"
 ]
-# To the methods of `/responses/{id}` these are ids.
-ALSO_IDS, BY_ID = {"/responses/compact", "/responses/input_tokens"}, {"GET", "DELETE"}
+# Other methods than POST are those of `/responses/{id}` there: these are ids to it.
+ALSO_IDS, BY_ID = {"/responses/compact", "/responses/input_tokens"}, {"GET", "DELETE", "OPTIONS"}
 CASES = int(os.environ.get("OPENAPI_CASES", "0"))
 # How many cases a route is tried with that schemathesis thinks of, and how many that it draws, of each mode.
 THOUGHT_OF, DRAWN = CASES or 80, CASES or 10

@@ -442,10 +442,7 @@ async def test_a_log_is_forgotten_and_its_response_is_not(on_file: StartOnFile, 
     assert in_file(file, "SELECT count(*) FROM event") == [(0,)]
 
 
-@pytest.mark.parametrize(
-    "query",
-    ["starting_after=x", "starting_after=1.5", "starting_after=", "starting_after=9007199254740992", "nonsense=1"],
-)
+@pytest.mark.parametrize("query", ["starting_after=x", "starting_after=1.5", "starting_after=", "nonsense=1"])
 async def test_a_query_that_cannot_be_understood_is_a_400(app: App, backend: Backend, query: str) -> None:
     backend.script(streamed("Hi"))
     response_id = (await events_of(app))[-1]["response"]["id"]
