@@ -17,6 +17,7 @@ from compacting import (
     app,
     assistant,
     backend,
+    compacted,
     facts_of,
     in_turn,
     kinds,
@@ -92,6 +93,15 @@ async def test_an_item_that_a_client_carried_takes_the_place_of_what_is_remember
         begun = await client.turn([*fold["output"], user("And now?")], lane="b")
         await client.turn("And then?", lane="b", previous_response_id=begun["id"])
     assert facts_told(backend) == FACTS
+
+
+async def test_what_stands_before_a_carried_item_is_remembered_through_it(app: App, backend: Talker) -> None:
+    fold = (await compacted(app, {"input": "FACT 1: red. " + LONG}))["output"][-1]
+    async with connected(app) as client:
+        first = await client.turn([{"type": "message", "role": "developer", "content": "Be brief."}, user("A")])
+        second = await client.turn([fold, user("B")], previous_response_id=first["id"])
+        await client.turn("C", previous_response_id=second["id"])
+    assert backend.turns[-1].body["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 async def test_what_the_backend_counted_is_remembered(app: App, backend: Talker) -> None:
