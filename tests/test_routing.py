@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import aiohttp
 import pytest
+from conftest import StartApp
 from scripted import DEADLINE_S, Backend
 
 from errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
@@ -101,11 +101,11 @@ async def test_a_list_is_looked_at_again_when_a_name_is_in_none(
             await asyncio.sleep(0)
 
 
-async def test_one_backend_alone_is_not_asked_for_its_list(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiohttp.ClientSession, "request", None)
-    upstreams = make(settings("one"))
-    await upstreams.known("any")
-    assert routed(upstreams, "any") == ("one", "any")
+async def test_of_one_backend_alone_no_list_is_looked_at(start_app: StartApp, backend: Backend) -> None:
+    app = await start_app()
+    async with app.post({"model": "any", "input": "Hi"}) as answer:
+        assert answer.status == 200
+    assert backend.connections == 1
 
 
 async def test_the_fallbacks_of_a_fallback_are_not_its_own(make: Make) -> None:
