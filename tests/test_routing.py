@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import StartApp
-from scripted import DEADLINE_S, Backend
+from scripted import DEADLINE_S, Backend, plain, refused
 
+from dispatch import Renderer
 from errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
 from routing import Upstreams, may_go_on
 from upstream import UpstreamSettings
@@ -130,3 +131,44 @@ async def test_the_fallbacks_of_a_fallback_are_not_its_own(make: Make) -> None:
 )
 def test_only_what_is_not_the_requests_fault_may_go_on(error: UpstreamError, at_first: bool, at_fallback: bool) -> None:
     assert (may_go_on(error, at_fallback=False), may_go_on(error, at_fallback=True)) == (at_first, at_fallback)
+
+
+# -- who is told -------------------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+
+    def failed(self, upstream: str, error: UpstreamError) -> None:
+        self.told.append(("failed", upstream, type(error).__name__))
+
+    def retried(self, upstream: str, error: UpstreamError) -> None:
+        self.told.append(("retried", upstream, type(error).__name__))
+
+    def fell_back(self, upstream: str, to: str, error: UpstreamError) -> None:
+        self.told.append(("fell back", upstream, to, type(error).__name__))
+
+
+async def test_an_observer_is_told_of_every_failure_and_of_what_was_done_about_it(backend: Backend) -> None:
+    backend.script(refused(503, "later"), refused(503, "later"), refused(400, "no"), plain())
+    noted = Noted()
+    first = settings("first", backend.url, retries=1, retry_backoff_s=0.0, fallback=("second",))
+    upstreams = Upstreams((first, settings("second", backend.url)), noted)
+    renderer = Renderer(upstreams, strict=False)
+    way = await renderer.way("m")
+    with pytest.raises(UpstreamRefused) as later:
+        await way.upstream.complete({"messages": []})
+    way = await renderer.way_on("m", way, later.value)
+    with pytest.raises(UpstreamRefused):
+        await way.upstream.complete({"messages": []})
+    await way.upstream.complete({"messages": []})
+    await upstreams.close()
+    assert noted.told == [
+        ("retried", "first", "UpstreamRefused"),
+        ("failed", "first", "UpstreamRefused"),
+        ("fell back", "first", "second", "UpstreamRefused"),
+        ("failed", "second", "UpstreamRefused"),
+    ]
