@@ -42,9 +42,11 @@ def delta_of(choice: Json) -> Json:
 
 def says_anything(chunk: Json) -> bool:
     """Not so for what only opens an answer: a role, and fields without a value."""
-    choice: Json = next(iter(chunk.get("choices") or ()), {})
-    said = (value for key, value in delta_of(choice).items() if key != "role")
-    return bool(chunk.get("usage") or choice.get("finish_reason") or any(said))
+    if chunk.get("usage"):
+        return True
+    for choice in (chunk.get("choices") or ())[:1]:
+        return bool(choice.get("finish_reason")) or any(v for key, v in delta_of(choice).items() if key != "role")
+    return False
 
 
 def details_text(details: Iterable[Any]) -> str:

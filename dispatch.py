@@ -14,7 +14,7 @@ import msgspec
 from auth import Caller
 from dialects import Dialect
 from errors import InvalidRequest, UpstreamError
-from gates import Terms
+from gates import NO_TERMS, PATIENT, WITH_OTHER, Terms
 from history import HISTORY
 from request import TurnRequest, refuse_unused
 from routing import Upstreams, may_go_on
@@ -53,8 +53,9 @@ class Way(msgspec.Struct, frozen=True):
 
     def terms(self, request: TurnRequest) -> Terms:
         """Nobody waits for a background turn: it stands in line for as long as it takes."""
-        has_other = bool(self.others)
-        return Terms(has_other, bool(request.background) and not has_other)
+        if self.others:
+            return WITH_OTHER
+        return PATIENT if request.background else NO_TERMS
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -74,7 +75,8 @@ class Renderer:
 
     async def way(self, model: str) -> Way:
         """To the backend that the model belongs to."""
-        await self._upstreams.known(model)
+        if not self._upstreams.names(model):
+            await self._upstreams.known(model)
         upstream, name = self._upstreams.route(model)
         spoken_to, others = self._upstreams.spoken_to(model), self._upstreams.fallbacks(upstream)
         return Way(upstream, await upstream.dialect(), name, spoken_to, others)

@@ -234,11 +234,13 @@ class Fit:
 
     async def complete(self) -> Json:
         """The backend's whole answer. Raises: UpstreamError."""
-        return await self._way.upstream.complete(self.body, self.prompt.passed, self._way.terms(self.prompt.request))
+        way, prompt = self._way, self.prompt
+        return await way.upstream.complete(self.body, prompt.passed, way.terms(prompt.request))
 
     async def stream(self) -> ChatStream:
         """The backend's answer, once it has accepted the request. Raises: UpstreamError."""
-        return await self._way.upstream.stream(self.body, self.prompt.passed, self._way.terms(self.prompt.request))
+        way, prompt = self._way, self.prompt
+        return await way.upstream.stream(self.body, prompt.passed, way.terms(prompt.request))
 
     @property
     def _way(self) -> Way:

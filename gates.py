@@ -34,7 +34,7 @@ class Terms(NamedTuple):
     is_patient: bool = False
 
 
-NO_TERMS = Terms()
+NO_TERMS, PATIENT, WITH_OTHER = Terms(), Terms(is_patient=True), Terms(has_other=True)
 
 
 class Gate:
@@ -111,6 +111,8 @@ class Hold:
     said. What the backend holds on to beyond the block is taken over with `keep`, and ended by `end`.
     """
 
+    __slots__ = ("_guard", "_is_held", "_is_judged", "_is_kept", "_terms")
+
     def __init__(self, guard: Guard, terms: Terms) -> None:
         self._guard = guard
         self._terms = terms
@@ -120,6 +122,12 @@ class Hold:
 
     async def __aenter__(self) -> Hold:
         """Raises: UpstreamBusy, CircuitOpen."""
+        if self._guard.circuit.is_open or not self._guard.gate.enter_at_once():
+            await self._be_let_in()
+        self._is_held = True
+        return self
+
+    async def _be_let_in(self) -> None:
         guard, (has_other, is_patient) = self._guard, self._terms
         try:
             guard.circuit.check(has_other)
@@ -131,7 +139,6 @@ class Hold:
             self._let_go()
             guard.observer.turned_away(guard.name, error)
             raise
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -77,17 +77,20 @@ class Upstreams:
             return found
         return next((each for each in self._all if each.lists(model)), self._all[0]), model
 
+    def names(self, model: str) -> bool:
+        """Whether the settings tell where it goes: with one backend they always do."""
+        return len(self._all) == 1 or self._routes.get(model) is not None
+
     def spoken_to(self, model: str) -> Upstream:
         """The only backend that a client's own key may go to: by the settings, for a list could draw keys to itself."""
         return (self._routes.get(model) or self._all)[0]
 
     async def known(self, model: str) -> None:
-        """Has the lists looked at again that count for a model; one that is in none waits for it, but not long."""
-        if len(self._all) > 1 and not self._routes.get(model):
-            for upstream in self._all:
-                upstream.look_again()
-            if not any(each.lists(model) for each in self._all):
-                await self._looked()
+        """Has the lists looked at again, which count for what is not named; one in none waits for it, but not long."""
+        for upstream in self._all:
+            upstream.look_again()
+        if not any(each.lists(model) for each in self._all):
+            await self._looked()
 
     async def _looked(self) -> None:
         for upstream in self._all:
@@ -108,7 +111,6 @@ class Upstreams:
         if len(self._all) > 1:
             for upstream in self._all:
                 upstream.look_again()
-        await self._looked()
         await asyncio.gather(*(upstream.dialect() for upstream in self._all))
 
     async def close(self) -> None:

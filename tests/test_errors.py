@@ -41,6 +41,8 @@ def test_the_drawn_tree_is_the_tree() -> None:
         ("UpstreamTimeout", 504, "server_error", "upstream_timeout"),
         ("UpstreamGarbled", 502, "server_error", "upstream_error"),
         ("UpstreamBroken", 502, "server_error", "upstream_error"),
+        ("UpstreamBusy", 503, "server_error", "upstream_busy"),
+        ("CircuitOpen", 503, "server_error", "upstream_unavailable"),
     ],
 )
 def test_each_class_has_its_status_and_its_body(name: str, status: int, type_: str, code: str | None) -> None:

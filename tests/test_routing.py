@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import aiohttp
 import pytest
-from scripted import DEADLINE_S, Backend
+from conftest import StartApp
+from scripted import DEADLINE_S, Backend, plain, refused
 
+from dispatch import Renderer
 from errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
 from routing import Upstreams, may_go_on
 from upstream import UpstreamSettings
@@ -101,11 +102,11 @@ async def test_a_list_is_looked_at_again_when_a_name_is_in_none(
             await asyncio.sleep(0)
 
 
-async def test_one_backend_alone_is_not_asked_for_its_list(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiohttp.ClientSession, "request", None)
-    upstreams = make(settings("one"))
-    await upstreams.known("any")
-    assert routed(upstreams, "any") == ("one", "any")
+async def test_of_one_backend_alone_no_list_is_looked_at(start_app: StartApp, backend: Backend) -> None:
+    app = await start_app()
+    async with app.post({"model": "any", "input": "Hi"}) as answer:
+        assert answer.status == 200
+    assert backend.connections == 1
 
 
 async def test_the_fallbacks_of_a_fallback_are_not_its_own(make: Make) -> None:
@@ -130,3 +131,44 @@ async def test_the_fallbacks_of_a_fallback_are_not_its_own(make: Make) -> None:
 )
 def test_only_what_is_not_the_requests_fault_may_go_on(error: UpstreamError, at_first: bool, at_fallback: bool) -> None:
     assert (may_go_on(error, at_fallback=False), may_go_on(error, at_fallback=True)) == (at_first, at_fallback)
+
+
+# -- who is told -------------------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+
+    def failed(self, upstream: str, error: UpstreamError) -> None:
+        self.told.append(("failed", upstream, type(error).__name__))
+
+    def retried(self, upstream: str, error: UpstreamError) -> None:
+        self.told.append(("retried", upstream, type(error).__name__))
+
+    def fell_back(self, upstream: str, to: str, error: UpstreamError) -> None:
+        self.told.append(("fell back", upstream, to, type(error).__name__))
+
+
+async def test_an_observer_is_told_of_every_failure_and_of_what_was_done_about_it(backend: Backend) -> None:
+    backend.script(refused(503, "later"), refused(503, "later"), refused(400, "no"), plain())
+    noted = Noted()
+    first = settings("first", backend.url, retries=1, retry_backoff_s=0.0, fallback=("second",))
+    upstreams = Upstreams((first, settings("second", backend.url)), noted)
+    renderer = Renderer(upstreams, strict=False)
+    way = await renderer.way("m")
+    with pytest.raises(UpstreamRefused) as later:
+        await way.upstream.complete({"messages": []})
+    way = await renderer.way_on("m", way, later.value)
+    with pytest.raises(UpstreamRefused):
+        await way.upstream.complete({"messages": []})
+    await way.upstream.complete({"messages": []})
+    await upstreams.close()
+    assert noted.told == [
+        ("retried", "first", "UpstreamRefused"),
+        ("failed", "first", "UpstreamRefused"),
+        ("fell back", "first", "second", "UpstreamRefused"),
+        ("failed", "second", "UpstreamRefused"),
+    ]
