@@ -31,6 +31,8 @@ from observing import Call
 Body = bytes | AsyncIterator[bytes] | None
 # A body from this size on goes out in pieces, so that it does not hold up the others.
 LARGE_BODY_BYTES = 1024 * 1024
+# That a connection from the pool was closed shows at once; what breaks later may have been carried out.
+CLOSED_WITHIN_S = 1.0
 SWITCHING_PROTOCOLS, FIRST_FAULT, LAST_STATUS = 101, 500, 599
 # What the HTTP client would add where a client of ours sent nothing.
 NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
@@ -83,11 +85,15 @@ class Relay:
         if asked.body is not None and not isinstance(asked.body, bytes):
             upload = Upload(asked.body, timer, self._limits.first_byte_timeout_s)
             return await self._answer_once(asked._replace(body=upload), headers)
+        time_of = asyncio.get_running_loop().time
+        began_at = time_of()
         try:
             return await self._answer_once(asked, headers)
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if time_of() - began_at > CLOSED_WITHIN_S:
+                raise
             return await self._answer_once(asked, headers)
 
     async def _answer_once(self, asked: Outgoing, headers: Mapping[str, str]) -> aiohttp.ClientResponse:

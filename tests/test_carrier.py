@@ -23,6 +23,7 @@ from scripted import DEADLINE_S, DONE, chunk
 from test_proxy import error_of
 from yarl import URL
 
+import relaying
 from upstream import UpstreamSettings
 
 MIB = 1024 * 1024
@@ -539,6 +540,17 @@ async def test_a_body_that_was_on_its_way_is_not_sent_again(raw: RawBackend, app
     raw.answer = once_a_connection()
     statuses = [await post_pieces(app, 40, [0]) for _ in range(3)]
     assert statuses == [200, 502, 200]
+    assert len(raw.seen) == 3
+
+
+async def test_what_breaks_after_a_while_is_not_asked_again(
+    raw: RawBackend, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaying, "CLOSED_WITHIN_S", 0.0)
+    raw.answer = once_a_connection()
+    for status in (200, 502, 200):
+        async with app.post(CHAT, "/v1/chat/completions") as answered:
+            assert answered.status == status
     assert len(raw.seen) == 3
 
 
