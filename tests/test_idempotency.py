@@ -460,7 +460,7 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Observer(Metrics()))
         services = await make_services(settings, store, means)
         listener = listening_socket()
-        asgi = Outermost(Edge(settings, services), sources.new_id)
+        asgi = Outermost(Edge(settings, services), services.observer, sources.new_id)
         config = uvicorn.Config(asgi, log_config=None, access_log=False, lifespan="off")
         config.load()
         server = uvicorn.Server(config)
