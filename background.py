@@ -21,14 +21,14 @@ import frames
 from auth import Caller
 from errors import InvalidRequest, ProxyError, StoreError
 from event_log import TRY_AGAIN_S, Logs, RunLog, persistently
+from keeper import Asked, Course, begin
 from logs import REQUEST_ID
 from observing import NOTED, Noted
-from past import OwnPlace
 from records import Notes, bare_turn, decoded, identified, ignored_of, new_turn, restored
 from request import TurnRequest
-from run_verbs import Batch, Held, NewRun, QueueLimits, Run, RunStore, Stopped
+from run_verbs import Batch, Held, NewRun, OwnPlace, QueueLimits, Run, RunStore, Stopped
 from tracing import Attributes, Trace
-from turns import Asked, Course, Means, Turns, begin
+from turns import Means, Turns
 from verbs import ItemIds, KeptResponse, NewTurn, no_response
 from watching import LOOK_AGAIN_S
 

@@ -44,6 +44,7 @@ from errors import (
 )
 from event_log import Follower
 from frames import DONE, encode
+from keeper import Asked
 from logs import REQUEST_ID, one_line
 from metrics import CONTENT_TYPE
 from observing import Observer, route_of
@@ -57,7 +58,7 @@ from services import Services
 from settings import Settings
 from sockets import no_websocket, refuse_upgrade
 from stored import STORED_ROUTES, Visit, Work
-from turns import Asked, Turn
+from turns import Turn
 from verbs import KeptResponse
 from windows import LIGHT_WORK, WINDOW_ROUTES
 from windows import Work as WindowWork

@@ -20,7 +20,7 @@ from leases import Lease, Leases
 from records import decoded
 from remembered import LaneMemory
 from request import TurnRequest
-from run_verbs import UNFINISHED
+from run_verbs import UNFINISHED, OwnPlace
 from sealing import Seals
 from translation import check_items
 from verbs import CONTINUED, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
@@ -63,13 +63,6 @@ class Patience:
 
     conversation_s: float
     parent_s: float
-
-
-class OwnPlace(msgspec.Struct, frozen=True):
-    """Where a response stands already that is made only now, and who makes it."""
-
-    response_id: str
-    holder: str
 
 
 # Where a turn stands that is no first one: in a chain already, or in a lane of a connection, which remembers windows.
@@ -185,11 +178,9 @@ class Pasts:
             return window
         if not request.previous_response_id:
             return NO_WINDOW
-        window = await self._window_after(request.previous_response_id, owner, place)
-        if window is None:
-            raise cannot_continue(request.previous_response_id, "not found")
-        if window.status not in CONTINUED | UNFINISHED:
-            raise cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
+        window = await self._window_after(parent := request.previous_response_id, owner, place)
+        if window is None or window.status not in CONTINUED | UNFINISHED:
+            raise cannot_continue(parent, f"is {window.status} and cannot be continued" if window else "not found")
         return window
 
     async def _window_after(self, parent: str, owner: str, place: Place | None) -> Window | None:

@@ -66,6 +66,13 @@ class Run(msgspec.Struct, frozen=True):
     next_number: int | None
 
 
+class OwnPlace(msgspec.Struct, frozen=True):
+    """Where a response stands already that is made only now, and who makes it."""
+
+    response_id: str
+    holder: str
+
+
 class Ending(msgspec.Struct, frozen=True):
     """How a run ends: its response, the last events before the terminal one, and how long what is kept lives."""
 

@@ -21,6 +21,7 @@ from answers import GOODBYE_S, ClientGone, Message, Receive, Scope, Send, stoppe
 from auth import Caller, Owners
 from errors import InvalidRequest, NotFound, ProxyError, UnsupportedParameter
 from frames import Event
+from keeper import Asked
 from logs import REQUEST_ID, one_line
 from observing import NOTED, Noted, Observer
 from quotas import Quotas
@@ -28,7 +29,7 @@ from remembered import LaneMemory, Memory
 from request import RequestLimits, TurnRequest, parse_body, parse_request
 from stream_lanes import StreamLanes, Waiting, lane_name
 from tracing import trace_of
-from turns import Asked, Turn, Turns
+from turns import Turn, Turns
 
 Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.sockets")

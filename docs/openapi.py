@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from errors import ProxyError, UpstreamRefused  # noqa: E402 - the rooms stand one folder up
 from fields import REQUEST_FIELDS  # noqa: E402
 from items import ITEMS, PARTS, ROLES  # noqa: E402
+from keeper import begin  # noqa: E402
 from once import KEY_CHARACTERS  # noqa: E402
 from records import ID_PREFIX  # noqa: E402
 from request import ID_PREFIXES, TurnRequest  # noqa: E402
@@ -36,7 +37,6 @@ from stored import (  # noqa: E402
     RetrieveQuery,
 )
 from tools import MODES, TOOL_CHOICES, TOOLS  # noqa: E402
-from turns import begin  # noqa: E402
 from windows import COMPACT_FIELDS, COUNTED_FIELDS  # noqa: E402
 
 Json = dict[str, Any]

@@ -16,6 +16,7 @@ from auth import Caller
 from compaction import CompactionSettings
 from counting import Counter
 from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
+from keeper import Asked
 from leases import Leases
 from metrics import Metrics
 from observing import Observer
@@ -27,7 +28,7 @@ from sealing import Seals
 from sources import Sources
 from store import StoreSettings, open_store
 from streaming import ReasoningSettings
-from turns import Asked, Means, Turn, Turns, TurnSettings
+from turns import Means, Turn, Turns, TurnSettings
 from upstream import UpstreamSettings
 from verbs import Page
 from watching import Watcher
