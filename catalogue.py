@@ -10,9 +10,10 @@ import logging
 from typing import Any, NamedTuple
 
 from auth import Caller
-from errors import NotFound, UpstreamError
+from errors import NotFound
 from routing import Upstreams
 from upstream import Upstream
+from upstream_errors import UpstreamError
 
 Json = dict[str, Any]
 log = logging.getLogger("responses_proxy.catalogue")

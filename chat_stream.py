@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import aiohttp
 import orjson
 
-from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
 from gates import Hold
 from observing import Call
 from refusals import raise_if_error
 from sse import SSEDecoder
+from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
 
 Json = dict[str, Any]
 

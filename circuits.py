@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 
-from errors import CircuitOpen, UpstreamError
+from upstream_errors import CircuitOpen, UpstreamError
 
 log = logging.getLogger("responses_proxy.circuits")
 

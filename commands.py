@@ -16,8 +16,9 @@ from errors import ProxyError
 from jobs import CLEAR, jobs_table
 from keys import rotate_keys
 from routing import Upstreams
-from services import key_file_of, opened_store, purge
+from services import key_file_of, opened_store
 from settings import Settings, SettingsError
+from upkeep import purge
 from upstream import Upstream
 from vocabulary import VOCABULARIES, VocabularyError, fetch
 

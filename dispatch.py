@@ -13,13 +13,14 @@ import msgspec
 
 from auth import Caller
 from dialects import Dialect
-from errors import InvalidRequest, UpstreamError
+from errors import InvalidRequest
 from gates import NO_TERMS, PATIENT, WITH_OTHER, Terms
 from history import HISTORY
 from request import TurnRequest, refuse_unused
 from routing import Upstreams, may_go_on
 from translation import Rendered, has_files, render
 from upstream import Upstream
+from upstream_errors import UpstreamError
 
 Json = dict[str, Any]
 

@@ -20,7 +20,7 @@ from chunks import joined_usage, usage_of
 from compaction import CompactionSettings, Room, planned, room_for, truncated
 from counting import Counter
 from dispatch import Ready, Renderer, Way
-from errors import InvalidRequest, UpstreamError, WindowExceeded
+from errors import InvalidRequest
 from folding import COMPACTION, Contents, Fold, contents_of, is_standing
 from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
 from observing import Observer
@@ -30,6 +30,7 @@ from request import TRIGGER, TurnRequest
 from sealing import Seals
 from streaming import ResponseStream, StreamPlan
 from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
+from upstream_errors import UpstreamError, WindowExceeded
 from verbs import ItemIds
 from weighing import Balance, Prompt, Weigher
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from circuits import Circuit
-from errors import UpstreamBusy, UpstreamError
+from upstream_errors import UpstreamBusy, UpstreamError
 
 # When a client that was turned away may come again: places become free all the time.
 BUSY_RETRY_AFTER_S = 2.0

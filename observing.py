@@ -14,7 +14,12 @@ from typing import Any, Self
 
 from chunks import usage_of
 from dialects import GENERIC
-from errors import (
+from fields import REQUEST_FIELDS
+from items import ITEMS
+from metrics import Metrics
+from tools import TOOL_CHOICES, TOOLS
+from tracing import NO_TRACE, NOTHING, Attributes, Span, Trace, Tracing, trace_of
+from upstream_errors import (
     CircuitOpen,
     UpstreamBroken,
     UpstreamBusy,
@@ -25,11 +30,6 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from fields import REQUEST_FIELDS
-from items import ITEMS
-from metrics import Metrics
-from tools import TOOL_CHOICES, TOOLS
-from tracing import NO_TRACE, NOTHING, Attributes, Span, Trace, Tracing, trace_of
 
 Json = dict[str, Any]
 Scope = Mapping[str, Any]

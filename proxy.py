@@ -26,13 +26,15 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from answers import Receive, Scope, Send
 from commands import COMMANDS_ALONE, check, check_store, purge_once, show_jobs
-from edge import Edge, Outermost, with_cors
+from edge import Edge
 from errors import StoreError
 from listening import HeadLimit, tell_where, unix_listener
 from logs import SOCKET_LOG, start_logging
-from services import STOP_SIGNALS, opened, version
+from outermost import Outermost, with_cors
+from services import opened, version
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sockets import STOPPING
+from upkeep import STOP_SIGNALS
 from vocabulary import VOCABULARIES
 
 INTERRUPTED = 128 + signal.SIGINT

@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from errors import ProxyError, StoreError, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
+from errors import ProxyError, StoreError
 from looks import Look
 from routing import Upstreams
 from sources import Sources
 from upstream import Upstream
+from upstream_errors import UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
 from verbs import Lock, Store
 
 log = logging.getLogger("responses_proxy.readiness")

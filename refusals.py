@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from errors import UpstreamError, UpstreamRefused, WindowExceeded
 from overflows import overflow_of
+from upstream_errors import UpstreamError, UpstreamRefused, WindowExceeded
 
 Json = dict[str, Any]
 

@@ -17,7 +17,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from chat_stream import TIMER_STEP_S, StreamLimits
-from errors import (
+from gates import Hold
+from observing import Call
+from upstream_errors import (
     UpstreamBroken,
     UpstreamError,
     UpstreamGarbled,
@@ -25,8 +27,6 @@ from errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gates import Hold
-from observing import Call
 
 Body = bytes | AsyncIterator[bytes] | None
 # A body from this size on goes out in pieces, so that it does not hold up the others.

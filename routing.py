@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from fnmatch import translate
 
 from circuits import is_failure
-from errors import UpstreamError
 from metrics import Metrics
 from observing import Observer
 from upstream import Upstream, UpstreamSettings, new_session
+from upstream_errors import UpstreamError
 
 log = logging.getLogger("responses_proxy.routing")
 

@@ -28,10 +28,11 @@ from chunks import (
     usage_of,
     written_bytes,
 )
-from errors import ProxyError, UpstreamBroken
+from errors import ProxyError
 from parts import OpenItem, empty_part, filled_part
 from think import Think, ThinkTags
 from tools import CALL_ID_PREFIX, CALLS_WITHOUT_STATUS, ToolRef, call_item
+from upstream_errors import UpstreamBroken
 
 Json = dict[str, Any]
 Event = dict[str, Any]

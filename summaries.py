@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from compaction import Plan, bare_of, shorter
 from dialects import GENERIC
-from errors import InvalidRequest, UpstreamGarbled, WindowExceeded
+from errors import InvalidRequest
 from items import ITEMS, At, Called, Content, Piece, Returned, Said, item_type
 from tools import Toolbox
+from upstream_errors import UpstreamGarbled, WindowExceeded
 
 Json = dict[str, Any]
 

@@ -20,7 +20,7 @@ from chunks import BYTES_PER_TOKEN
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
-from errors import ProxyError, UpstreamError, WindowExceeded
+from errors import ProxyError
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from keeper import Asked, Course, Keeper, begin, note
@@ -38,6 +38,7 @@ from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
 from translation import check_items
+from upstream_errors import UpstreamError, WindowExceeded
 from verbs import ItemIds, NewTurn
 from watching import Watcher
 from weighing import Prompt

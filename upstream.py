@@ -26,13 +26,13 @@ from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, li
 from chat_stream import ChatStream, StreamLimits
 from circuits import Circuit
 from dialects import Dialect
-from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 from gates import NO_TERMS, Gate, Guard, Hold, Terms
 from logs import REQUEST_ID
 from looks import Look
 from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
+from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
@@ -308,12 +308,15 @@ class Upstream:
         """The answer as chunks, once the backend has accepted the request. `close` it. Raises: UpstreamError."""
         async with self.held(terms) as hold:
             with self._place.call(body, passed) as call:
-                try:
-                    async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                        answer = await self._post(body, call)
-                except TimeoutError as error:
-                    raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
+                answer = await self._accepted(body, call)
                 return ChatStream(answer, self._stream_limits, hold.keep(), call.stay_open())
+
+    async def _accepted(self, body: Json, call: Call) -> aiohttp.ClientResponse:
+        try:
+            async with asyncio.timeout(self.settings.first_byte_timeout_s):
+                return await self._post(body, call)
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
 
     async def relay(self, asked: Outgoing, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Relayed:
         """A request as a client made it, with the headers of the settings, and any answer. Raises: UpstreamError."""

@@ -20,7 +20,7 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import ProxyError, UpstreamRefused  # noqa: E402 - the rooms stand one folder up
+from errors import ProxyError  # noqa: E402
 from fields import REQUEST_FIELDS  # noqa: E402
 from items import ITEMS, PARTS, ROLES  # noqa: E402
 from keeper import begin  # noqa: E402
@@ -37,6 +37,7 @@ from stored import (  # noqa: E402
     RetrieveQuery,
 )
 from tools import MODES, TOOL_CHOICES, TOOLS  # noqa: E402
+from upstream_errors import UpstreamRefused  # noqa: E402
 from windows import COMPACT_FIELDS, COUNTED_FIELDS  # noqa: E402
 
 Json = dict[str, Any]

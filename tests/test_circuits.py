@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from circuits import Circuit
-from errors import (
+from upstream_errors import (
     CircuitOpen,
     UpstreamBroken,
     UpstreamError,

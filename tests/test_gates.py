@@ -8,8 +8,8 @@ import math
 import pytest
 
 from circuits import Circuit
-from errors import CircuitOpen, UpstreamBroken, UpstreamBusy, UpstreamError, UpstreamRefused
 from gates import Gate, Guard, Hold, Terms
+from upstream_errors import CircuitOpen, UpstreamBroken, UpstreamBusy, UpstreamError, UpstreamRefused
 
 TINY_S = 0.01
 

@@ -31,10 +31,11 @@ from scripted import (
 from test_proxy import Blocks, error_of, events_in
 
 from counting import Counter
-from edge import Edge, Outermost
+from edge import Edge
 from leases import Leases
 from metrics import Metrics
 from observing import Observer
+from outermost import Outermost
 from routing import Upstreams
 from services import make_seals, make_services, opened_store
 from sources import Ids, Sources

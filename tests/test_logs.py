@@ -16,10 +16,11 @@ from test_background import RUN, created, ended, in_status
 from test_cli import UVICORN, started
 from test_observing import HI, STREAM, read
 
-from errors import InvalidRequest, UpstreamRefused, WindowExceeded
+from errors import InvalidRequest
 from logs import REQUEST_ID, JsonLines
 from refusals import refusal
 from summaries import failed
+from upstream_errors import UpstreamRefused, WindowExceeded
 
 Json = dict[str, Any]
 SECRET = "sesame-4711"

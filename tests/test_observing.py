@@ -12,13 +12,14 @@ from scripted import Backend, Script, chunk, plain, refused, sse, streamed
 from test_background import RUN, cancelled, created, ended, gated
 from test_metrics import reached, values, values_in
 
-from errors import StoreError, UpstreamError, UpstreamGarbled
+from errors import StoreError
 from fields import REQUEST_FIELDS
 from metrics import KINDS, Load, Metrics
 from observing import OTHER, Observer, Place, ignored_label, kind_of, tokens_of
 from services import Services
 from tallies import Count, Spread
 from tracing import NO_TRACE, trace_of
+from upstream_errors import UpstreamError, UpstreamGarbled
 
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}

@@ -24,11 +24,11 @@ from answers import read_body
 from background import Background
 from errors import StoreError
 from proxy import Application
-from services import told_to_stop
 from settings import Settings, load_settings
 from sources import Ids
 from stored import STORED_ROUTES
 from streaming import ResponseStream
+from upkeep import told_to_stop
 from windows import WINDOW_ROUTES
 
 HI: dict[str, Any] = {"model": "m", "input": "Hi"}
@@ -869,7 +869,7 @@ FAULT = RuntimeError("a fault")
 async def test_a_purge_that_fails_is_logged_and_made_again(
     start_app: StartApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Any, logged: Any
 ) -> None:
-    monkeypatch.setattr("services.PURGE_EVERY_S", 0.001)
+    monkeypatch.setattr("upkeep.PURGE_EVERY_S", 0.001)
     purging = controlled("purge", monkeypatch)
     purging.failure = failure
     await start_app()
@@ -879,7 +879,7 @@ async def test_a_purge_that_fails_is_logged_and_made_again(
     seen = [
         (record.levelname, record.getMessage(), record.exc_info and record.exc_info[1])
         for record in caplog.records
-        if record.name == "responses_proxy.services"
+        if record.name == "responses_proxy.upkeep"
     ]
     assert (len(seen) >= 2, [each for each in seen if each != logged]) == (True, [])
 

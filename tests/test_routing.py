@@ -11,9 +11,9 @@ from conftest import StartApp
 from scripted import DEADLINE_S, Backend, plain, refused
 
 from dispatch import Renderer
-from errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
 from routing import Upstreams, may_go_on
 from upstream import UpstreamSettings
+from upstream_errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
 
 BASE = "http://127.0.0.1:9/v1"
 Make = Callable[..., Upstreams]

@@ -15,7 +15,7 @@ from scripted import DONE, END, Backend, Script, chunk, plain, streamed
 from auth import Caller
 from compaction import CompactionSettings
 from counting import Counter
-from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
+from errors import InvalidRequest, ProxyError, StoreError
 from keeper import Asked
 from leases import Leases
 from metrics import Metrics
@@ -30,6 +30,7 @@ from store import StoreSettings, open_store
 from streaming import ReasoningSettings
 from turns import Means, Turn, Turns, TurnSettings
 from upstream import UpstreamSettings
+from upstream_errors import UpstreamRefused
 from verbs import Page
 from watching import Watcher
 

@@ -22,7 +22,9 @@ from wire_reader import transcript
 from yarl import URL
 
 from chat_stream import ChatStream
-from errors import (
+from routing import Upstreams
+from upstream import Upstream, UpstreamSettings, settings_for
+from upstream_errors import (
     UpstreamBroken,
     UpstreamError,
     UpstreamGarbled,
@@ -31,8 +33,6 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from routing import Upstreams
-from upstream import Upstream, UpstreamSettings, settings_for
 
 Json = dict[str, Any]
 Connect = Callable[..., Upstream]
