@@ -87,6 +87,13 @@ async def test_a_name_in_the_settings_wins_over_a_list(make: Make, backend: Back
     assert routed(upstreams, "listed")[0] == "two"
 
 
+async def test_a_backend_whose_models_are_set_serves_no_others(make: Make, backend: Backend) -> None:
+    backend.models = {"data": [{"id": "listed"}]}
+    upstreams = make(settings("one"), settings("two", backend.url, models=("other",)))
+    await upstreams.known("listed")
+    assert routed(upstreams, "listed")[0] == "one"
+
+
 async def test_a_list_is_looked_at_again_when_a_name_is_in_none(
     make: Make, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
