@@ -100,7 +100,7 @@ def routes_of(upstream: Upstream, upstreams: Upstreams) -> list[str]:
     settings = upstream.settings
     named = [f"{alias} as {model}" for alias, model in settings.aliases.items()]
     last = ["every model that nobody names"] if upstream is first else []
-    lines = [f"  serves: {', '.join([*named, *settings.models, 'what it lists', *last])}"]
+    lines = [f"  serves: {', '.join([*named, *(settings.models or ['what it lists']), *last])}"]
     for other in upstreams.fallbacks(upstream):
         there = [f"{alias} as {other.settings.aliases.get(alias, alias)}" for alias in settings.aliases]
         lines.append(f"  falls back to: {other.settings.name}" + (f" ({', '.join(there)})" if there else ""))

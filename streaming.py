@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -93,7 +94,7 @@ class ResponseStream:
         self._finish: str | None = None
         self._handlers: tuple[tuple[str, Callable[[Any], None]], ...] = (
             ("content", self._on_content),
-            ("refusal", self._on_refusal),
+            ("refusal", partial(self._later, self._refuse)),
             ("annotations", self._on_annotations),
             ("tool_calls", self._on_tool_calls),
         )
@@ -242,9 +243,6 @@ class ResponseStream:
     def _on_text(self, text: str) -> None:
         for is_reasoning, piece in self._tags.split(text):
             self._later(self._reason if is_reasoning else self._say, piece)
-
-    def _on_refusal(self, refusal: str) -> None:
-        self._later(self._refuse, refusal)
 
     def _on_annotations(self, annotations: list[Any]) -> None:
         for annotation in annotations:

@@ -152,8 +152,8 @@ class Upstream:
         return self._probe.dialect if self._probe else dialects.GENERIC
 
     def lists(self, model: str) -> bool:
-        """Whether its list of models held that name at the last look."""
-        return self._probe is not None and model in self._probe.models
+        """Whether its list held that name at the last look; one whose settings name models serves no others."""
+        return not self.settings.models and self._probe is not None and model in self._probe.models
 
     def look_again(self) -> None:
         """Looks at its list of models beside requests, unless that was done not long ago."""

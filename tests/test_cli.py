@@ -162,7 +162,7 @@ aliases = {{ gpt-5 = "llama" }}
             "  falls back to: second (gpt-5 as llama, small as small)",
             "second (http://127.0.0.1:1/v1): "
             "Upstream 'second' at 127.0.0.1:1 cannot be reached (ClientConnectorError).",
-            "  serves: gpt-5 as llama, qwen*, what it lists",
+            "  serves: gpt-5 as llama, qwen*",
         ],
     )
 

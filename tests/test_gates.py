@@ -9,7 +9,7 @@ import pytest
 
 from circuits import Circuit
 from gates import Gate, Guard, Hold, Terms
-from upstream_errors import CircuitOpen, UpstreamBroken, UpstreamBusy, UpstreamError, UpstreamRefused
+from upstream_errors import CircuitOpen, UpstreamBroken, UpstreamBusy, UpstreamError, UpstreamRefused, UpstreamTimeout
 
 TINY_S = 0.01
 
@@ -241,3 +241,16 @@ async def test_a_circuit_that_opens_while_a_caller_waits_turns_it_away_and_its_p
     with pytest.raises(CircuitOpen):
         await second
     assert door.guard.gate.inside == 0
+
+
+async def test_a_probe_that_is_answered_lets_others_in_who_have_nowhere_else_to_go() -> None:
+    door = Door(most_in=2)
+    await door.failing(UpstreamTimeout("late"))
+    door.now += 15
+    async with door.held(has_other=False) as hold:
+        with pytest.raises(CircuitOpen):
+            await door.held(has_other=False).__aenter__()
+        hold.keep()
+        async with door.held(has_other=False):
+            assert door.gate.inside == 2
+    hold.end()

@@ -102,7 +102,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "commands": (8, 200, set()),
     "proxy": (9, 300, {"uvicorn"}),
 }
-ROOMS_WITH_BROAD_EXCEPT = {"outermost", "upkeep", "turns", "background", "items", "lanes", "sockets"}
+ROOMS_WITH_BROAD_EXCEPT = {"edge", "outermost", "upkeep", "turns", "background", "items", "lanes", "sockets"}
 MAX_LINES, MAX_NESTING = 60, 3
 NESTS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith, ast.Match)
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -11,6 +11,8 @@ from conftest import StartApp
 from scripted import DEADLINE_S, Backend, plain, refused
 
 from dispatch import Renderer
+from metrics import Load, Metrics
+from observing import Observer
 from routing import Upstreams, may_go_on
 from upstream import UpstreamSettings
 from upstream_errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
@@ -87,6 +89,13 @@ async def test_a_name_in_the_settings_wins_over_a_list(make: Make, backend: Back
     assert routed(upstreams, "listed")[0] == "two"
 
 
+async def test_a_backend_whose_models_are_set_serves_no_others(make: Make, backend: Backend) -> None:
+    backend.models = {"data": [{"id": "listed"}]}
+    upstreams = make(settings("one"), settings("two", backend.url, models=("other",)))
+    await upstreams.known("listed")
+    assert routed(upstreams, "listed")[0] == "one"
+
+
 async def test_a_list_is_looked_at_again_when_a_name_is_in_none(
     make: Make, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,27 +145,14 @@ def test_only_what_is_not_the_requests_fault_may_go_on(error: UpstreamError, at_
 # -- who is told -------------------------------------------------------------------------------------------------------
 
 
-class Noted:
-    """An observer that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, ...]] = []
-
-    def failed(self, upstream: str, error: UpstreamError) -> None:
-        self.told.append(("failed", upstream, type(error).__name__))
-
-    def retried(self, upstream: str, error: UpstreamError) -> None:
-        self.told.append(("retried", upstream, type(error).__name__))
-
-    def fell_back(self, upstream: str, to: str, error: UpstreamError) -> None:
-        self.told.append(("fell back", upstream, to, type(error).__name__))
+UPSTREAM = "responses_proxy_upstream_"
 
 
-async def test_an_observer_is_told_of_every_failure_and_of_what_was_done_about_it(backend: Backend) -> None:
+async def test_every_failure_is_counted_and_what_was_done_about_it(backend: Backend) -> None:
     backend.script(refused(503, "later"), refused(503, "later"), refused(400, "no"), plain())
-    noted = Noted()
+    metrics = Metrics()
     first = settings("first", backend.url, retries=1, retry_backoff_s=0.0, fallback=("second",))
-    upstreams = Upstreams((first, settings("second", backend.url)), noted)
+    upstreams = Upstreams((first, settings("second", backend.url)), Observer(metrics))
     renderer = Renderer(upstreams, strict=False)
     way = await renderer.way("m")
     with pytest.raises(UpstreamRefused) as later:
@@ -166,9 +162,12 @@ async def test_an_observer_is_told_of_every_failure_and_of_what_was_done_about_i
         await way.upstream.complete({"messages": []})
     await way.upstream.complete({"messages": []})
     await upstreams.close()
-    assert noted.told == [
-        ("retried", "first", "UpstreamRefused"),
-        ("failed", "first", "UpstreamRefused"),
-        ("fell back", "first", "second", "UpstreamRefused"),
-        ("failed", "second", "UpstreamRefused"),
-    ]
+    counted = {line for line in metrics.text(Load()).decode().splitlines() if line.startswith(UPSTREAM)}
+    assert {line.removeprefix(UPSTREAM) for line in counted if not line.endswith(" 0.0")} == {
+        'requests_total{upstream="first"} 2.0',
+        'requests_total{upstream="second"} 2.0',
+        'retries_total{upstream="first"} 1.0',
+        'errors_total{kind="refused_5xx",upstream="first"} 2.0',
+        'errors_total{kind="refused_4xx",upstream="second"} 1.0',
+        'fallbacks_total{kind="refused_5xx",to="second",upstream="first"} 1.0',
+    }

@@ -26,6 +26,7 @@ from routing import Upstreams
 from upstream import Upstream, UpstreamSettings, settings_for
 from upstream_errors import (
     UpstreamBroken,
+    UpstreamBusy,
     UpstreamError,
     UpstreamGarbled,
     UpstreamRefused,
@@ -321,11 +322,12 @@ async def test_a_stream_is_read_to_its_end(connect: Connect, backend: Backend) -
     assert (await said_without_usage(stream), stream.done) == ("Hello", True)
 
 
-async def said_without_usage(stream: ChatStream) -> str:
+async def said_without_usage(stream: ChatStream, *, is_closed: bool = True) -> str:
     try:
         chunks = [c for batch in [batch async for batch in stream] for c in batch]
     finally:
-        stream.close()
+        if is_closed:
+            stream.close()
     return "".join(choice["delta"].get("content") or "" for c in chunks for choice in c["choices"])
 
 
@@ -451,6 +453,17 @@ async def test_an_answer_without_end_is_a_timeout(connect: Connect, backend: Bac
     endless = Script(itertools.repeat(chunk(content="on ")))
     with pytest.raises(UpstreamTimeout, match="ran for"):
         await said_by(backend, connect, endless, total_timeout_s=TINY_S)
+
+
+async def test_a_stream_that_was_read_to_its_end_has_no_place_any_more(connect: Connect, backend: Backend) -> None:
+    backend.script(streamed("Hi"), plain())
+    upstream = connect(backend.url, max_in_flight=1, max_waiting=0)
+    stream = await upstream.stream(BODY)
+    with pytest.raises(UpstreamBusy):
+        await upstream.complete(BODY)
+    assert await said_without_usage(stream, is_closed=False) == "Hi"
+    assert await upstream.complete(BODY)
+    stream.close()
 
 
 async def test_closing_lets_go_of_a_silent_backend(connect: Connect, backend: Backend) -> None:
