@@ -1,12 +1,13 @@
-# Five verbs: run, test, lint, bench, docs. Each makes what it needs in .venv; nothing is installed elsewhere.
+# Six verbs: run, test, lint, bench, docs, pyz. Each makes what it needs in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NODE := tests/node/node_modules
 HOST ?= 127.0.0.1
 PORT ?= 8080
+PYZ_PYTHONS ?= 3.11 3.12 3.13 3.14
 
-.PHONY: run test lint bench docs clean
+.PHONY: run test lint bench docs pyz clean
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -31,6 +32,10 @@ $(NODE)/.package-lock.json: tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
 	else echo "There is no npm: tests of Codex and of Node clients are skipped."; fi
 
+$(VENV)/pyz.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[pyz]'
+	touch $@
+
 ifdef UPSTREAM
 run: $(VENV)/run.stamp
 	$(BIN)/python proxy.py --upstream $(UPSTREAM) --host $(HOST) --port $(PORT)
@@ -48,12 +53,32 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/matrix.py --check
+	$(BIN)/python docs/openapi.py --check
 
 docs: $(VENV)/test.stamp
 	$(BIN)/python docs/matrix.py
+	$(BIN)/python docs/openapi.py
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/run.py
 
+# Compiled parts carry the Python that they are for in their names, so those for several Pythons fit into one folder. What
+# pip wrote about our own wheel names this folder; as the wheel has it, the same packages give the same bytes anywhere.
+pyz: export SOURCE_DATE_EPOCH ?= 1767225600
+pyz: $(VENV)/pyz.stamp
+	rm -rf build
+	mkdir -p build/pyz/all dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/pyz .
+	set -e; for version in $(PYZ_PYTHONS); do \
+	  $(BIN)/python -m pip install --quiet --no-compile --only-binary=:all: --python-version $$version \
+	    --target build/pyz/$$version "$$(echo build/pyz/*.whl)[pdf]"; \
+	  cp -R build/pyz/$$version/. build/pyz/all; \
+	done
+	rm -r build/pyz/all/bin build/pyz/all/responses_proxy-*.dist-info
+	$(BIN)/python -m zipfile --extract build/pyz/*.whl build/pyz/all
+	$(BIN)/shiv --reproducible --site-packages build/pyz/all --console-script responses-proxy \
+	  --output-file dist/responses-proxy.pyz
+	$(BIN)/python -m pytest tests/test_pyz.py
+
 clean:
-	rm -rf $(VENV) $(NODE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NODE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

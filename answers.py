@@ -221,7 +221,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     values = scope["header_values"]
     length = values.get(b"content-length", b"")
     if length.isdigit() and int(length) > limit_bytes:
-        raise _too_large(limit_bytes)
+        raise too_large(limit_bytes)
     if values.get(b"content-encoding", b"identity") != b"identity":
         raise InvalidRequest("A content-encoding is not supported here: send the body as it is.")
     pieces: list[bytes] = []
@@ -234,10 +234,10 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         pieces.append(message.get("body", b""))
         size_bytes += len(pieces[-1])
         if size_bytes > limit_bytes:
-            raise _too_large(limit_bytes)
+            raise too_large(limit_bytes)
         more = message.get("more_body", False)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _too_large(limit_bytes: int) -> BodyTooLarge:
+def too_large(limit_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than {limit_bytes} bytes.")

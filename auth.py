@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,7 @@ KEY_BYTES = 32
 HASH_PREFIX = "sha256:"
 HASH_FORM = re.compile(HASH_PREFIX + "[0-9a-fA-F]{64}")
 OWNER_DIGITS = 32
+NOTHING_TRACED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,16 @@ class AuthSettings:
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks, and the token that goes upstream in its name."""
+    """Who asks, the token that goes upstream in its name, and the headers of the trace that its request is part of."""
 
     owner: str
     bearer: str | None = None
+    trace: Mapping[str, str] = NOTHING_TRACED
+
+    @property
+    def passed(self) -> Mapping[str, str]:
+        """The headers for the backend that the caller speaks to; any other one gets no more than `trace`."""
+        return self.trace if self.bearer is None else {**self.trace, "Authorization": f"Bearer {self.bearer}"}
 
 
 class Owners:
@@ -48,15 +56,15 @@ class Owners:
         self._hashes = {name: _parse_hash(name, text) for name, text in settings.keys.items()}
         self._secret = secret
 
-    def caller(self, authorization: str | None) -> Caller:
+    def caller(self, authorization: str | None, trace: Mapping[str, str] = NOTHING_TRACED) -> Caller:
         """Raises: Unauthorized for a key that is missing or unknown."""
         if self._mode == "none":
-            return Caller("")
+            return Caller("", None, trace)
         token = _token(authorization)
         if self._mode == "keys":
-            return Caller(self._name_of(token))
+            return Caller(self._name_of(token), None, trace)
         owner = hmac.new(self._secret, _bytes(token), hashlib.sha256).hexdigest()[:OWNER_DIGITS]
-        return Caller(owner, token)
+        return Caller(owner, token, trace)
 
     def _name_of(self, token: str) -> str:
         """Compares with every key, so that the time taken tells nothing of which it was."""

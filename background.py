@@ -21,11 +21,14 @@ import frames
 from auth import Caller
 from errors import InvalidRequest, ProxyError, StoreError
 from event_log import TRY_AGAIN_S, Logs, RunLog, persistently
-from past import OwnPlace
+from keeper import Asked, Course, begin
+from logs import REQUEST_ID
+from observing import NOTED, Noted
 from records import Notes, bare_turn, decoded, identified, ignored_of, new_turn, restored
 from request import TurnRequest
-from run_verbs import Batch, Held, NewRun, QueueLimits, Run, RunStore, Stopped
-from turns import Asked, Course, Means, Turns, begin
+from run_verbs import Batch, Held, NewRun, OwnPlace, QueueLimits, Run, RunStore, Stopped
+from tracing import Attributes, Trace
+from turns import Means, Turns
 from verbs import ItemIds, KeptResponse, NewTurn, no_response
 from watching import LOOK_AGAIN_S
 
@@ -86,7 +89,8 @@ class Background:
         self._seals = means.seals
         self._sources = means.sources
         self._settings = settings
-        self._metrics = means.metrics
+        self._observer = means.observer
+        self._metrics = means.observer.metrics
         self._holder = means.sources.new_id("proc")
         self._attempts: dict[Held, Attempt] = {}
         # What others had written when its claims were looked at.
@@ -115,6 +119,8 @@ class Background:
         limits = QueueLimits(self._settings.queue_per_owner, self._settings.queue_total)
         await self.store.admit(run, limits)
         self.watcher.anything.tell()
+        if (noted := NOTED.get()) is not None:
+            noted.response_id = response_id
         return response, ignored
 
     def _sealed(self, caller: Caller, response_id: str) -> str | None:
@@ -245,21 +251,24 @@ class Background:
 
     async def _carry_out(self, run: Run, run_log: RunLog) -> None:
         """One attempt, which ends with a response that is kept, whatever happens but the end of this process."""
+        REQUEST_ID.set(run.response_id)  # of this task
+        NOTED.set(Noted())
         try:
             async with asyncio.timeout(self._settings.run_timeout_s) as limit:
-                with self.watcher.attending():  # to a cancel, above all
-                    await self._attempt(run, run_log, limit)
+                step = self._observer.step("background response", attributes=_noted(run))
+                with step, self.watcher.attending():  # to a cancel, above all
+                    await self._attempt(run, run_log, limit, step.trace)
         except TimeoutError:
             message = f"The response took longer than {self._settings.run_timeout_s:g} seconds."
             await self._fail(run, run_log, ProxyError(message))
         except ProxyError as error:
-            log.warning("%s failed: %s", run.response_id, error.message)
+            log.warning("%s failed: %s", run.response_id, error.logged)
             await self._fail(run, run_log, error)
         except Exception:
             log.exception("%s failed on a fault of this proxy", run.response_id)
             await self._fail(run, run_log, ProxyError("The proxy failed while it carried out the response."))
 
-    async def _attempt(self, run: Run, run_log: RunLog, limit: asyncio.Timeout) -> None:
+    async def _attempt(self, run: Run, run_log: RunLog, limit: asyncio.Timeout, trace: Trace) -> None:
         """Raises: ProxyError for a turn that cannot be begun."""
 
         async def save(turn: NewTurn, closing: list[Event]) -> bool:
@@ -270,7 +279,7 @@ class Background:
         if run.attempt > self._settings.max_attempts:
             raise ProxyError(f"Given up: the process that carried it out ended {run.attempt - 1} times before it did.")
         request = _request(run)
-        asked = Asked(request, Caller(run.owner, self._bearer(run)))
+        asked = Asked(request, Caller(run.owner, self._bearer(run), trace))
         begun = begin(request, run.response_id, run.created_at)
         told = run.next_number or 0
         ids = ItemIds(run.response_id, len(run.inputs) + told)  # an item that was told took an event at least
@@ -333,6 +342,10 @@ def _beginning(response: Json) -> Batch:
     names = ("created", "queued")
     events = [{"type": f"response.{name}", "sequence_number": n, "response": response} for n, name in enumerate(names)]
     return Batch(0, len(events), frames.encode(events))
+
+
+def _noted(run: Run) -> Attributes:
+    return {"gen_ai.response.id": run.response_id, "responses_proxy.run.attempt": run.attempt}
 
 
 def _request(run: Run) -> TurnRequest:

@@ -26,6 +26,8 @@ FINISH: dict[str, tuple[str, str | None]] = {
 FAILED_FINISHES = frozenset({"error", "abort"})
 # Where backends put reasoning text, best first; some send the same text under two names.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+# Rough size of a token, for usage that no backend gave.
+BYTES_PER_TOKEN = 4
 # Where a call item keeps what the model wrote.
 WRITTEN = ("arguments", "input", "operation", "action")
 
@@ -36,6 +38,15 @@ def delta_of(choice: Json) -> Json:
     if "message" in choice and delta.get("tool_calls"):
         return {**delta, "tool_calls": [{**call, "index": n} for n, call in enumerate(delta["tool_calls"])]}
     return delta
+
+
+def says_anything(chunk: Json) -> bool:
+    """Not so for what only opens an answer: a role, and fields without a value."""
+    if chunk.get("usage"):
+        return True
+    for choice in (chunk.get("choices") or ())[:1]:
+        return bool(choice.get("finish_reason")) or any(v for key, v in delta_of(choice).items() if key != "role")
+    return False
 
 
 def details_text(details: Iterable[Any]) -> str:

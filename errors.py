@@ -11,15 +11,11 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── NotFound              404  no such object for this owner, or no such route
 │   ├── MethodNotAllowed      405  the route is there, the method is not
 │   ├── StillRunning          409  what it needs is being answered; clients try again by themselves
-│   └── QueueFull             429  rate_limit_exceeded: too many background responses wait already
+│   ├── QueueFull             429  rate_limit_exceeded: too many responses wait already
+│   ├── RateLimited           429  rate_limit_exceeded: its owner asks for more than the settings allow
+│   └── ForeignOrigin         403  origin_not_allowed: a web page that is not welcome
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
-└── UpstreamError             502  the backend's fault, or the way to it
-    ├── UpstreamUnreachable   502
-    ├── UpstreamTimeout       504
-    ├── UpstreamGarbled       502  it answered, but not with chat completions
-    ├── UpstreamBroken        502  a stream that ended too early
-    └── UpstreamRefused            an error of its own, with its own status
-        └── WindowExceeded    400  context_length_exceeded: the input is larger than the model's window
+└── UpstreamError             502  the backend's fault, or the way to it: upstream_errors.py
 
 Two vocabularies, those of the openai SDK: an HTTP error body, and `ResponseError` of a failed response.
 """
@@ -50,6 +46,13 @@ class ProxyError(Exception):
         self.error_code = code or self.code
         self.http_status = self.status
         self.retry_after_s: float | None = None
+        # What a log may hold of a message that quotes a client or a backend.
+        self.log_message: str | None = None
+
+    @property
+    def logged(self) -> str:
+        """The message without anybody else's words."""
+        return self.log_message or self.message
 
     def to_wire(self) -> Json:
         """The HTTP body: all four keys always present."""
@@ -63,6 +66,11 @@ class ProxyError(Exception):
 
 class InvalidRequest(ProxyError):
     status, type = 400, "invalid_request_error"
+
+    @property
+    def logged(self) -> str:
+        """Messages quote what was wrong."""
+        return self.log_message or f"{type(self).__name__} {self.error_code or ''} '{self.param or ''}'"
 
 
 class MissingParameter(InvalidRequest):
@@ -105,46 +113,16 @@ class QueueFull(InvalidRequest):
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
+class RateLimited(InvalidRequest):
+    """`headers` say what is left, and until when."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+    headers: list[tuple[bytes, bytes]]
+
+
+class ForeignOrigin(InvalidRequest):
+    status, type, code = 403, "permission_error", "origin_not_allowed"
+
+
 class StoreError(ProxyError):
     status, code = 503, "store_unavailable"
-
-
-class UpstreamError(ProxyError):
-    status, code = 502, "upstream_error"
-
-
-class UpstreamUnreachable(UpstreamError):
-    """No connection could be made."""
-
-
-class UpstreamTimeout(UpstreamError):
-    status, code = 504, "upstream_timeout"
-
-
-class UpstreamGarbled(UpstreamError):
-    """The backend answered with something that is not a chat completion."""
-
-
-class UpstreamBroken(UpstreamError):
-    """The stream ended before the backend said that it had finished."""
-
-
-REFUSAL_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-REFUSAL_CODES = {429: "rate_limit_exceeded", 503: "server_is_overloaded", 529: "server_is_overloaded"}
-
-
-class UpstreamRefused(UpstreamError):
-    """The backend answered with an error of its own; its status is kept."""
-
-    def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message, param=param, code=code or REFUSAL_CODES.get(status))
-        self.http_status = status
-        self.type = REFUSAL_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-
-
-class WindowExceeded(UpstreamRefused):
-    """The window and the prompt are what the backend told of them; the prompt is at least that large."""
-
-    def __init__(self, message: str, *, window_tokens: int | None = None, prompt_tokens: int | None = None) -> None:
-        super().__init__(message, status=400, param="input", code="context_length_exceeded")
-        self.window_tokens, self.prompt_tokens = window_tokens, prompt_tokens

@@ -15,20 +15,22 @@ from typing import Any
 
 import msgspec
 
+from chat_stream import ChatStream
 from chunks import joined_usage, usage_of
 from compaction import CompactionSettings, Room, planned, room_for, truncated
 from counting import Counter
-from dispatch import Renderer
-from errors import UpstreamError, WindowExceeded
+from dispatch import Ready, Renderer, Way
+from errors import InvalidRequest
 from folding import COMPACTION, Contents, Fold, contents_of, is_standing
-from metrics import Metrics
 from needs import LEAST_PART, MOST_OUTPUT_PART, Need, Needs
+from observing import Observer
 from past import NO_WINDOW
 from refusals import LATER
 from request import TRIGGER, TurnRequest
 from sealing import Seals
 from streaming import ResponseStream, StreamPlan
 from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
+from upstream_errors import UpstreamError, WindowExceeded
 from verbs import ItemIds
 from weighing import Balance, Prompt, Weigher
 
@@ -69,7 +71,7 @@ class FitMeans:
     renderer: Renderer
     counter: Counter
     seals: Seals
-    metrics: Metrics
+    observer: Observer
     clock: Callable[[], float]
 
 
@@ -82,7 +84,8 @@ class Fitter:
         self.weigher = Weigher(means.counter)
         self.needs = Needs(self.weigher, means.settings)
         self._seals = means.seals
-        self._metrics = means.metrics
+        self._observer = means.observer
+        self._metrics = means.observer.metrics
         self._clock = means.clock
 
     def truncated(self, prompt: Prompt, need: Need) -> Contents:
@@ -102,6 +105,15 @@ class Fitter:
 
     async def made(self, prompt: Prompt, need: Need) -> Made:
         """What takes the place of a window. Raises: UpstreamError."""
+        trace = prompt.caller.trace
+        with self._observer.step("compact", trace, {"responses_proxy.compaction.cause": need.cause}) as step:
+            caller = msgspec.structs.replace(prompt.caller, trace=step.trace)
+            made = await self._made(msgspec.structs.replace(prompt, caller=caller), need)
+            tokens = {"before_tokens": int(need.tokens), "after_tokens": int(made.tokens)}
+            step.note({f"responses_proxy.compaction.{name}": number for name, number in tokens.items()})
+            return made
+
+    async def _made(self, prompt: Prompt, need: Need) -> Made:
         began_at = self._clock()
         balance = await asyncio.to_thread(self.weigher.balance, prompt, need.tokens)
         try:
@@ -114,7 +126,7 @@ class Fitter:
             self._metrics.compaction_failures.labels(need.cause).inc()
             if error.http_status in LATER or error.error_code == FAILED:
                 raise
-            raise failed(error.message) from error
+            raise failed(error.message, error.logged) from error
         made = Made(fold, usage, balance.contents_tokens(contents_of(fold)))
         self._metrics.compacted(need.cause, need.tokens, made.tokens, self._clock() - began_at)
         numbers = (need.tokens, made.tokens, usage["total_tokens"])
@@ -159,8 +171,9 @@ class Fitter:
 class Fit:
     """The window of one turn, made to fit before it is sent, or once more when the backend refuses it."""
 
-    def __init__(self, fitter: Fitter, prompt: Prompt, body: Json, item_ids: Callable[[str], str]) -> None:
-        self.body = body
+    def __init__(self, fitter: Fitter, prompt: Prompt, ready: Ready, item_ids: Callable[[str], str]) -> None:
+        self.body = ready.rendered.body
+        self.ignored = ready.ignored
         self.prompt = prompt
         self.is_mere = prompt.request.is_trigger
         self._fitter = fitter
@@ -216,7 +229,42 @@ class Fit:
         try:
             return await self.compact(need)
         except UpstreamError as error:
-            raise WindowExceeded(f"{refused.message} {error.message}") from error
+            both = WindowExceeded(f"{refused.message} {error.message}")
+            both.log_message = f"{refused.logged} {error.logged}"
+            raise both from error
+
+    async def complete(self) -> Json:
+        """The backend's whole answer. Raises: UpstreamError."""
+        way, prompt = self._way, self.prompt
+        return await way.upstream.complete(self.body, prompt.passed, way.terms(prompt.request))
+
+    async def stream(self) -> ChatStream:
+        """The backend's answer, once it has accepted the request. Raises: UpstreamError."""
+        way, prompt = self._way, self.prompt
+        return await way.upstream.stream(self.body, prompt.passed, way.terms(prompt.request))
+
+    @property
+    def _way(self) -> Way:
+        return self.prompt.way
+
+    async def go_on(self, error: UpstreamError) -> None:
+        """To the next backend that may answer in the place of one that failed, for which the window is looked at anew.
+
+        Raises: the error, where there is none.
+        """
+        request, past, renderer = self.prompt.request, self.prompt.past, self._fitter.renderer
+        is_ready = False
+        while not is_ready:
+            way = await renderer.way_on(request.model, self._way, error)
+            self.prompt = msgspec.structs.replace(self.prompt, way=way)
+            try:
+                ready = await renderer.rendered(request, past.window, past.left_out, way)
+            except InvalidRequest as refused:
+                log.warning("upstream '%s' cannot be asked: %s", way.upstream.settings.name, refused.message)
+            else:
+                is_ready = True
+        self.body, self.ignored = ready.rendered.body, ready.ignored
+        self._is_looked_at = self._is_changed = False
 
     async def _truncate(self, need: Need) -> None:
         self._is_truncated = True
@@ -225,12 +273,15 @@ class Fit:
     async def _send(self, contents: Contents) -> None:
         past = msgspec.structs.replace(self.prompt.past, contents=contents, before=NO_WINDOW)
         self.prompt = msgspec.structs.replace(self.prompt, past=past)
-        ready = await self._fitter.renderer.rendered(self.prompt.request, past.window, ())
+        ready = await self._fitter.renderer.rendered(self.prompt.request, past.window, (), self._way)
         self.body = ready.rendered.body
 
     def window_tokens(self, counted: Json) -> int | None:
-        """Of the window and the answer, where the usage of the response does not tell; 0: nobody knows."""
-        if self._is_truncated:
+        """Of the window and the answer, where the usage of the response does not tell; 0: nobody knows.
+
+        What another backend than the model's own counted says nothing of the next turn.
+        """
+        if self._is_truncated or self._way.is_fallback:
             return 0
         if self.is_mere and self._fitted:
             return int(self._fitted.made.tokens)
@@ -261,9 +312,11 @@ class _Asking:
         self._prompt = prompt
         self._model = model or prompt.request.model
         self._way = prompt.way
+        self._is_own = not model
 
     async def summariser(self, instructions: str, need: Need) -> Summariser:
-        self._way = await self._renderer.way(self._model)
+        if not self._is_own:
+            self._way = await self._renderer.way(self._model)
         known = await self._way.upstream.window_tokens(self._way.model)
         same = self._way.name == self._prompt.way.name
         tokens = known or (need.limit if same and need.cause == "overflow" else math.inf)
@@ -277,11 +330,13 @@ class _Asking:
             input=question.text,
             max_output_tokens=question.answer_tokens,
         )
-        ready = await self._renderer.ready(request, request.items, ())
-        is_same = ready.way.upstream is self._prompt.way.upstream
-        bearer = self._prompt.caller.bearer if is_same else None  # a client's key is for the backend it speaks to
-        completion = await ready.way.upstream.complete(ready.rendered.body, bearer)
-        plan = StreamPlan(silent=True, think=ready.way.upstream.settings.think)
+        completion = None
+        while completion is None:
+            try:
+                completion = await self._completion(request)
+            except UpstreamError as error:
+                self._way = await self._renderer.way_on(self._model, self._way, error)
+        plan = StreamPlan(silent=True, think=self._way.upstream.settings.think)
         machine = ResponseStream({}, plan, ItemIds("resp_0"), float)
         machine.feed(completion)
         machine.close()
@@ -289,3 +344,10 @@ class _Asking:
         self.usage = joined_usage(self.usage, response["usage"])
         said = [part for item in response["output"] if item["type"] == "message" for part in item["content"]]
         return Answer("".join(part.get("text", "") for part in said), response["status"] == "incomplete")
+
+    async def _completion(self, request: TurnRequest) -> Json:
+        """Raises: UpstreamError."""
+        way = self._way
+        ready = await self._renderer.ready(request, request.items, (), way)
+        passed = way.headers(self._prompt.caller, self._prompt.way.spoken_to)
+        return await way.upstream.complete(ready.rendered.body, passed, way.terms(self._prompt.request))

@@ -96,7 +96,7 @@ DETAILS = {"low": "low", "high": "high", "auto": "auto", "original": "high"}
 
 
 def _image_part(part: Json, path: str, dialect: Dialect) -> Json:
-    if part.get("file_id"):
+    if optional(part, "file_id", path, str):
         raise _no_files(f"{path}.file_id")
     url = required(part, "image_url", path, str)
     if not url.startswith(("http://", "https://", "data:")):
@@ -133,9 +133,9 @@ def _no_files(path: str) -> InvalidRequest:
 
 def _file_part(part: Json, path: str, dialect: Dialect) -> Json:
     """The file itself where the backend has a file part, else its text."""
-    if part.get("file_id"):
+    if optional(part, "file_id", path, str):
         raise _no_files(f"{path}.file_id")
-    if part.get("file_url"):
+    if optional(part, "file_url", path, str):
         raise UnsupportedItem(
             f"Unsupported '{path}.file_url': files are not fetched here; send 'file_data'.", param=f"{path}.file_url"
         )
@@ -273,7 +273,7 @@ def _joined(item: Json, key: str, at: At) -> str:
 
 
 def _called(item: Json, at: At, ref: ToolRef, arguments: str) -> list[Piece]:
-    call_id = named(item, at.path, "id" if "call_id" not in item and ref.kind == "local_shell" else "call_id")
+    call_id = named(item, at.path, "id" if item.get("call_id") is None and ref.kind == "local_shell" else "call_id")
     cut = item.get("status") == "incomplete"
     extra = optional(item, "extra_content", at.path, dict)
     return [Called(call_id, at.toolbox.name_of(ref), arguments, extra, cut)]

@@ -71,6 +71,11 @@ class Lane:
         self._driver: asyncio.Task[None] | None = None
         self._is_closed = False
 
+    @property
+    def waiting(self) -> int:
+        """How much work has not begun."""
+        return len(self._waiting)
+
     async def do(self, work: Work[T]) -> T:
         """What the work returns. Raises: what it raises, and StoreError."""
         self._refuse_closed()

@@ -33,11 +33,11 @@ class Look:
             self.begun()
             self._task = asyncio.create_task(self._make())
 
-    async def wait(self) -> None:
-        """Until the look has been made, but not for longer than LOOK_WAIT_S after it began."""
+    async def wait(self, wait_s: float = LOOK_WAIT_S) -> None:
+        """Until the look has been made, but not for longer than that after it began."""
         if self._task is not None:
             age_s = asyncio.get_running_loop().time() - self._began_at
-            await asyncio.wait({self._task}, timeout=max(0.0, LOOK_WAIT_S - age_s))
+            await asyncio.wait({self._task}, timeout=max(0.0, wait_s - age_s))
 
     async def close(self) -> None:
         """Ends a look that is still under way."""

@@ -10,8 +10,8 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from compaction import CompactionSettings, threshold_of
-from errors import WindowExceeded
 from request import TurnRequest
+from upstream_errors import WindowExceeded
 from weighing import Prompt, Weigher
 
 Json = dict[str, Any]

@@ -18,8 +18,9 @@ from folding import COMPACTION, Contents, folded, folds_in, laid_out, opened
 from history import HISTORY, check_ids, mended, references, refuse_repeated, resolved, unsealed, with_blob_ids
 from leases import Lease, Leases
 from records import decoded
+from remembered import LaneMemory
 from request import TurnRequest
-from run_verbs import UNFINISHED
+from run_verbs import UNFINISHED, OwnPlace
 from sealing import Seals
 from translation import check_items
 from verbs import CONTINUED, Window, cannot_continue, conversation_lease, locked, no_conversation, still_running
@@ -36,7 +37,7 @@ class Past(msgspec.Struct, frozen=True):
     """What a turn begins with. `release` it in every case.
 
     `own`: the request's items, references replaced; `left_out`: names of what could not be used; `before`: the window
-    as the store gave it, unless a compaction item of the request takes its place.
+    as it was given, unless a compaction item of the request takes its place; `given`: the window as it was given.
     """
 
     contents: Contents
@@ -44,6 +45,7 @@ class Past(msgspec.Struct, frozen=True):
     left_out: tuple[str, ...] = ()
     lease: Lease | None = None
     before: Window = NO_WINDOW
+    given: Window = NO_WINDOW
 
     @property
     def window(self) -> list[Json]:
@@ -63,11 +65,8 @@ class Patience:
     parent_s: float
 
 
-class OwnPlace(msgspec.Struct, frozen=True):
-    """Where a response stands already that is made only now, and who makes it."""
-
-    response_id: str
-    holder: str
+# Where a turn stands that is no first one: in a chain already, or in a lane of a connection, which remembers windows.
+Place = OwnPlace | LaneMemory
 
 
 class Pasts:
@@ -80,8 +79,8 @@ class Pasts:
         self._watcher = watcher
         self._patience = patience
 
-    async def of(self, request: TurnRequest, owner: str, place: OwnPlace | None = None) -> Past:
-        """`place`: of a response that stands behind its parent, whatever has become of the parent's id.
+    async def of(self, request: TurnRequest, owner: str, place: Place | None = None) -> Past:
+        """An OwnPlace is behind the parent, whatever has become of the parent's id.
 
         Raises: InvalidRequest, NotFound, ConversationLocked, StillRunning, StoreError.
         """
@@ -115,7 +114,7 @@ class Pasts:
             return Past(Contents(), own), False
         return await self._found(request, owner, window, None), True
 
-    async def _ended_window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
+    async def _ended_window(self, request: TurnRequest, owner: str, place: Place | None) -> Window:
         """Waits for a parent that runs still. Raises: StillRunning when it does so for too long."""
         parent = request.previous_response_id or ""
         window = await self._window(request, owner, place)
@@ -144,7 +143,8 @@ class Pasts:
         current, foreign = unsealed(contents.new, open_seal, "input")
         contents = msgspec.structs.replace(contents, history=earlier, new=current)
         is_replaced = any(item.get("type") == COMPACTION for item in new)
-        return Past(contents, new, (*left_out, *lost, *foreign), lease, NO_WINDOW if is_replaced else window)
+        before = NO_WINDOW if is_replaced else window
+        return Past(contents, new, (*left_out, *lost, *foreign), lease, before, window)
 
     def check_folds(self, items: list[Json], owner: str, root: str) -> None:
         """Raises: InvalidRequest for a compaction item that no window could be laid out from."""
@@ -157,19 +157,20 @@ class Pasts:
             items = resolved(items, dict(zip(found, decoded(list(found.values())), strict=True)))
         return with_blob_ids(items, lambda kind, blob: self._seals.item_id(kind, owner, blob))
 
-    async def _lock(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Lease | None:
+    async def _lock(self, request: TurnRequest, owner: str, place: Place | None) -> Lease | None:
         """Only who adds to a conversation locks it. Raises: ConversationLocked, NotFound."""
         if not request.conversation_id or not request.is_stored:
             return None
         if await self._store.conversation(owner, request.conversation_id) is None:
             raise no_conversation(request.conversation_id, "conversation")
-        lease = self._leases.lease(conversation_lease(request.conversation_id), place.holder if place else None)
+        holder = place.holder if isinstance(place, OwnPlace) else None
+        lease = self._leases.lease(conversation_lease(request.conversation_id), holder)
         # In background nobody waits, and who holds the conversation gives it back.
         if await lease.acquire(math.inf if request.background else self._patience.conversation_s):
             return lease
         raise locked()
 
-    async def _window(self, request: TurnRequest, owner: str, place: OwnPlace | None) -> Window:
+    async def _window(self, request: TurnRequest, owner: str, place: Place | None) -> Window:
         if request.conversation_id:
             window = await self._store.conversation_window(owner, request.conversation_id)
             if window is None:
@@ -177,15 +178,16 @@ class Pasts:
             return window
         if not request.previous_response_id:
             return NO_WINDOW
-        if place is None:
-            window = await self._store.window(owner, request.previous_response_id)
-        else:
-            window = await self._store.window_before(owner, place.response_id)
-        if window is None:
-            raise cannot_continue(request.previous_response_id, "not found")
-        if window.status not in CONTINUED | UNFINISHED:
-            raise cannot_continue(request.previous_response_id, f"is {window.status} and cannot be continued")
+        window = await self._window_after(parent := request.previous_response_id, owner, place)
+        if window is None or window.status not in CONTINUED | UNFINISHED:
+            raise cannot_continue(parent, f"is {window.status} and cannot be continued" if window else "not found")
         return window
+
+    async def _window_after(self, parent: str, owner: str, place: Place | None) -> Window | None:
+        """From the memory of a connection, where it has it, else from the store."""
+        if isinstance(place, OwnPlace):
+            return await self._store.window_before(owner, place.response_id)
+        return (place and place.window(owner, parent)) or await self._store.window(owner, parent)
 
 
 def _alone(items: list[Json]) -> Past:

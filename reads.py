@@ -298,5 +298,11 @@ def first_use(owner: str, key: str, now: float, db: sqlite3.Connection) -> tuple
     return found
 
 
+def size_bytes(db: sqlite3.Connection) -> int:
+    """Of the file, without its journal."""
+    (found,) = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+    return int(found)
+
+
 def problems(db: sqlite3.Connection) -> list[str]:
     return [text for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from errors import UpstreamError, UpstreamRefused, WindowExceeded
 from overflows import overflow_of
+from upstream_errors import UpstreamError, UpstreamRefused, WindowExceeded
 
 Json = dict[str, Any]
 
@@ -52,6 +52,13 @@ def refusal(status: int, body: Any, where: str) -> UpstreamError:
     fields = error_fields(body)
     fields["message"] = message = fields["message"][:2000]
     said = f"Upstream '{where}' answered {status}: {message}" if message else f"Upstream '{where}' answered {status}."
+    error = _refused(status, said, fields)
+    error.log_message = f"Upstream '{where}' answered {status}."
+    return error
+
+
+def _refused(status: int, said: str, fields: Json) -> UpstreamRefused:
+    message = fields["message"]
     if status in (400, 413, 422, 500) and (full := overflow_of(fields)):
         return WindowExceeded(said, window_tokens=full.window_tokens, prompt_tokens=full.prompt_tokens)
     if status == 500 and CLIENT_FAULT_TEXT.search(message):

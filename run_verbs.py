@@ -66,6 +66,13 @@ class Run(msgspec.Struct, frozen=True):
     next_number: int | None
 
 
+class OwnPlace(msgspec.Struct, frozen=True):
+    """Where a response stands already that is made only now, and who makes it."""
+
+    response_id: str
+    holder: str
+
+
 class Ending(msgspec.Struct, frozen=True):
     """How a run ends: its response, the last events before the terminal one, and how long what is kept lives."""
 
@@ -178,6 +185,13 @@ class RunStore(Store, Protocol):
 
     async def runs(self) -> list[RunInfo]:
         """All runs of all owners, in the order of their admission."""
+
+    @property
+    def waiting(self) -> int:
+        """How many writes of this process have not begun."""
+
+    async def size_bytes(self) -> int:
+        """What the store takes on disk, about."""
 
     async def queue(self) -> QueueState:
         """How many runs wait, and how many are carried out, in all processes."""

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,14 +22,20 @@ from auth import AuthSettings
 from background import BackgroundSettings
 from compaction import CompactionSettings
 from errors import Json
+from logs import Form
+from origins import refuse_malformed
+from quotas import QuotaSettings
 from request import RequestLimits
 from sealing import SealingSettings
+from sockets import WebSocketSettings
 from store import StoreSettings
 from streaming import ReasoningSettings
+from tracing import TracingSettings
 from turns import TurnSettings
 from upstream import UpstreamSettings, settings_for
 
 ENV_PREFIX = "RESPONSES_PROXY_"
+FILE_MODE = re.compile("0?[0-7]{3}")
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,25 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(le=65535)] = 8080
+    unix_socket: str = ""
+    unix_socket_mode: str = "0660"
+    cors_origins: tuple[str, ...] = ()
     keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 15.0
     shutdown_grace_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Form = "console"
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_malformed(self.cors_origins)
+        if not FILE_MODE.fullmatch(self.unix_socket_mode):
+            raise ValueError(
+                f"unix_socket_mode: expected three octal digits as in '0660', got {self.unix_socket_mode!r}"
+            )
 
 
 @dataclass(frozen=True)
-class LimitSettings(RequestLimits):
+class LimitSettings(RequestLimits, QuotaSettings):
     """The section `[limits]`."""
 
     body_bytes: int = 64 * 1024 * 1024
@@ -56,12 +75,14 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    websocket: WebSocketSettings = field(default_factory=WebSocketSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     sealing: SealingSettings = field(default_factory=SealingSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     background: BackgroundSettings = field(default_factory=BackgroundSettings)
     compaction: CompactionSettings = field(default_factory=CompactionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
 
 
@@ -69,12 +90,14 @@ SECTIONS: dict[str, type[Any]] = {
     "server": ServerSettings,
     "auth": AuthSettings,
     "limits": LimitSettings,
+    "websocket": WebSocketSettings,
     "store": StoreSettings,
     "sealing": SealingSettings,
     "turns": TurnSettings,
     "background": BackgroundSettings,
     "compaction": CompactionSettings,
     "reasoning": ReasoningSettings,
+    "tracing": TracingSettings,
     "upstream": UpstreamSettings,
 }
 
@@ -94,7 +117,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
             else:
                 tables[section] = {**tables.get(section, {}), **values}
     sections = {name: _section(SECTIONS, name, table) for name, table in tables.items()}
-    return Settings(**sections, upstream=tuple(_upstream(table) for table in upstreams))
+    return Settings(**sections, upstream=_checked(tuple(_upstream(table) for table in upstreams)))
 
 
 def settings_of_environ() -> Settings:
@@ -111,6 +134,21 @@ def _upstream(table: Json) -> UpstreamSettings:
     except ValueError as error:
         raise SettingsError(f"upstream.base_url: {error}: {settings.base_url!r}") from error
     return settings if "name" in table else dataclasses.replace(settings, name=named.name)
+
+
+def _checked(upstreams: tuple[UpstreamSettings, ...]) -> tuple[UpstreamSettings, ...]:
+    """Refuses a fallback that is not exactly one other upstream, or that is named twice."""
+    names = [each.name for each in upstreams]
+    for each in upstreams:
+        for name in each.fallback:
+            shown = f"upstream.fallback '{name}' of '{each.name}'"
+            if name not in names:
+                raise SettingsError(_unknown("upstream", f"'{name}' in the fallback of '{each.name}'", name, names))
+            if name == each.name:
+                raise SettingsError(f"{shown}: an upstream is no fallback of itself")
+            if names.count(name) > 1 or each.fallback.count(name) > 1:
+                raise SettingsError(f"{shown}: there are two of that name")
+    return upstreams
 
 
 def _read_file(path: Path) -> Json:

@@ -236,6 +236,13 @@ class SQLiteStore:
     async def queue(self) -> QueueState:
         return await self._reader.do(run_rows.queue)
 
+    @property
+    def waiting(self) -> int:
+        return self._writer.waiting
+
+    async def size_bytes(self) -> int:
+        return await self._reader.do(reads.size_bytes)
+
     async def problems(self) -> list[str]:
         return await self._reader.do(reads.problems)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 
 from calls import Call, CallLine
 from chunks import (
+    BYTES_PER_TOKEN,
     FAILED_FINISHES,
     FINISH,
     REASONING_KEYS,
@@ -23,19 +25,18 @@ from chunks import (
     flat_annotation,
     joined_usage,
     logprobs_of,
+    says_anything,
     usage_of,
     written_bytes,
 )
-from errors import ProxyError, UpstreamBroken
+from errors import ProxyError
 from parts import OpenItem, empty_part, filled_part
 from think import Think, ThinkTags
 from tools import CALL_ID_PREFIX, CALLS_WITHOUT_STATUS, ToolRef, call_item
+from upstream_errors import UpstreamBroken
 
 Json = dict[str, Any]
 Event = dict[str, Any]
-
-# Rough size of a token, for usage that no backend gave.
-BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ResponseStream:
         self._finish: str | None = None
         self._handlers: tuple[tuple[str, Callable[[Any], None]], ...] = (
             ("content", self._on_content),
-            ("refusal", self._on_refusal),
+            ("refusal", partial(self._later, self._refuse)),
             ("annotations", self._on_annotations),
             ("tool_calls", self._on_tool_calls),
         )
@@ -113,6 +114,10 @@ class ResponseStream:
         """What the backend counted of its one call, compaction aside; empty when it did not."""
         return self._usage or {}
 
+    def expect(self, think: Think) -> None:
+        """Another backend answers in the place of one that has said nothing."""
+        self._tags = ThinkTags(think)
+
     # -- driving -------------------------------------------------------------------------------------------------------
 
     def start(self) -> list[Event]:
@@ -124,7 +129,7 @@ class ResponseStream:
     def feed(self, chunk: Json) -> list[Event]:
         """The events of one chat chunk, or of a whole chat completion."""
         self._events = []
-        self._is_fed = True
+        self._is_fed = self._is_fed or says_anything(chunk)
         if usage := chunk.get("usage"):
             self._usage = usage
         if tier := chunk.get("service_tier"):
@@ -179,10 +184,10 @@ class ResponseStream:
     def fail(self, error: ProxyError) -> list[Event]:
         """The terminal event of a response that could not be carried through; what was said so far is kept."""
         self._events = []
-        if self._item is not None and self._item.kind == "compaction":
+        if (item := self._item) is not None and item.kind == "compaction":
             self._output.pop()
-        elif self._item is not None:
-            self._output[self._item.index] = self._ended(self._item, "incomplete")
+        elif item is not None:
+            self._output[item.index] = self._ended(item, "incomplete")
         self._item = None
         self._response |= {"status": "failed", "error": error.to_response_error(), "completed_at": None}
         is_counted = self._usage or self._compaction_usage
@@ -238,9 +243,6 @@ class ResponseStream:
     def _on_text(self, text: str) -> None:
         for is_reasoning, piece in self._tags.split(text):
             self._later(self._reason if is_reasoning else self._say, piece)
-
-    def _on_refusal(self, refusal: str) -> None:
-        self._later(self._refuse, refusal)
 
     def _on_annotations(self, annotations: list[Any]) -> None:
         for annotation in annotations:
@@ -408,8 +410,7 @@ class ResponseStream:
         return ended
 
     def _done(self, item: OpenItem, ended: Json) -> None:
-        self._item = None
-        self._output[item.index] = ended
+        self._item, self._output[item.index] = None, ended
         self._event("response.output_item.done", output_index=item.index, item=ended)
 
     # -- tool calls ----------------------------------------------------------------------------------------------------

@@ -9,40 +9,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-import msgspec
 import orjson
 
 from ahead import Ahead
-from auth import Caller
+from chat_stream import ChatStream
+from chunks import BYTES_PER_TOKEN
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
-from errors import ProxyError, UpstreamBroken, UpstreamError, WindowExceeded
+from errors import ProxyError
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
+from keeper import Asked, Course, Keeper, begin, note
 from leases import Leases
-from metrics import Metrics
+from metrics import Metrics, TurnMeter
 from needs import Need
-from past import REASONING, OwnPlace, Pasts, Patience
-from records import Notes, identified, new_turn
+from observing import Observer
+from past import REASONING, Pasts, Patience
+from quotas import Quotas
+from remembered import LaneMemory
 from replay import replayed
-from request import TurnRequest, echo
+from request import TurnRequest
+from routing import Upstreams
 from sealing import Seals
 from sources import Sources
 from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
 from translation import check_items
-from upstream import ChatStream, Upstreams
-from verbs import FirstUse, ItemIds, NewTurn
+from upstream_errors import UpstreamError, WindowExceeded
+from verbs import ItemIds, NewTurn
 from watching import Watcher
 from weighing import Prompt
 
 log = logging.getLogger("responses_proxy.turns")
 
-# Rough size of a token, for usage that no backend gave.
-BYTES_PER_TOKEN = 4
 # What a save that has begun gets when its turn is cancelled.
 SAVE_S = 5.0
 
@@ -67,32 +69,12 @@ class Means:
     sources: Sources
     watcher: Watcher
     counter: Counter
-    metrics: Metrics
+    observer: Observer
+    quotas: Quotas | None = None
 
-
-class Asked(msgspec.Struct, frozen=True):
-    """A validated request, who sent it, and the Idempotency-Key that it is the first use of."""
-
-    request: TurnRequest
-    caller: Caller
-    first_use: FirstUse | None = None
-
-
-# Puts a turn into the store, and with it the events before the terminal one; whether it was still ours to be put there.
-Save = Callable[[NewTurn, list[Event]], Awaitable[bool]]
-
-
-class Course(msgspec.Struct, frozen=True):
-    """The response that a turn becomes: as it began, its ids, its first event's number. `save` None: it is not kept.
-
-    `place`: of a response that stands in its chain already.
-    """
-
-    begun: Json
-    item_ids: ItemIds
-    save: Save | None
-    first_number: int = 0
-    place: OwnPlace | None = None
+    @property
+    def metrics(self) -> Metrics:
+        return self.observer.metrics
 
 
 class Turns:
@@ -107,19 +89,22 @@ class Turns:
         patience = Patience(settings.conversation_wait_s, settings.parent_wait_s)
         self.pasts = Pasts(means.leases, means.seals, means.watcher, patience)
         self.renderer = Renderer(means.upstreams, strict=settings.strict)
-        fitting = FitMeans(compaction, self.renderer, means.counter, means.seals, means.metrics, means.sources.clock)
+        fitting = FitMeans(compaction, self.renderer, means.counter, means.seals, means.observer, means.sources.clock)
         self.fitter = Fitter(fitting)
         self.ahead = Ahead(self.pasts, self.fitter, means.leases, means.seals)
 
     async def prepare(self, asked: Asked, course: Course | None = None) -> Turn:
         """A turn ready to be run; `close` it in every case. Raises: ProxyError."""
-        course = course or self._own_course(asked.request)
+        course = course or self._own_course(asked.request, asked.lane)
+        meter = self._means.metrics.turn(asked.mode)
+        note(asked.request, course)
         past = await self.pasts.of(asked.request, asked.caller.owner, course.place)
         try:
-            ready = await self.renderer.rendered(asked.request, past.window, past.left_out)
+            render = self.renderer.rendered if asked.generates else self.renderer.ready
+            ready = await render(asked.request, past.window, past.left_out)
             prompt = Prompt(asked.request, asked.caller, past, ready.way)
-            fit = Fit(self.fitter, prompt, ready.rendered.body, course.item_ids)
-            return self._turn(asked, course, ready, fit)
+            fit = Fit(self.fitter, prompt, ready, course.item_ids)
+            return self._turn(asked, course, ready, fit, meter)
         except BaseException:
             await past.release()
             raise
@@ -141,20 +126,21 @@ class Turns:
         failed = {"status": "failed", "error": error.to_response_error()}
         return replayed({**self._own_course(request).begun, **failed})
 
-    def _own_course(self, request: TurnRequest) -> Course:
+    def _own_course(self, request: TurnRequest, lane: LaneMemory | None = None) -> Course:
         response_id = self._means.sources.new_id("resp")
         begun = begin(request, response_id, int(self._means.sources.clock()))
-        return Course(begun, ItemIds(response_id), self._save if request.is_stored else None)
+        return Course(begun, ItemIds(response_id), self._save if request.is_stored else None, place=lane)
 
     async def _save(self, turn: NewTurn, closing: list[Event]) -> bool:
         await self._means.leases.store.save(turn)
         return True
 
-    def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit) -> Turn:
+    def _turn(self, asked: Asked, course: Course, ready: Ready, fit: Fit, meter: TurnMeter) -> Turn:
         plan = self._plan(asked, ready, fit, course.first_number)
         machine = ResponseStream(course.begun, plan, course.item_ids, self._means.sources.clock)
-        keeper = Keeper(asked, fit, course, ready.ignored, self.ahead)
-        return Turn(fit, machine, keeper, self._settings.created_after_ms / 1000)
+        keeper = Keeper(asked, fit, course, self.ahead, self._means.quotas, meter)
+        kind = Turn if asked.generates else WarmUp
+        return kind(fit, machine, keeper, self._settings.created_after_ms / 1000)
 
     def _plan(self, asked: Asked, ready: Ready, fit: Fit, first_number: int) -> StreamPlan:
         request, rendered = asked.request, ready.rendered
@@ -167,7 +153,7 @@ class Turns:
             think=ready.way.upstream.settings.think,
             silent=not request.stream,
             first_number=first_number,
-            is_mere=fit.is_mere,
+            is_mere=fit.is_mere or not asked.generates,
             seal=self._seal_of(asked.caller.owner) if self._carries_reasoning(request) else None,
             estimate_input_tokens=lambda: len(orjson.dumps(fit.body)) // BYTES_PER_TOKEN,
         )
@@ -182,88 +168,59 @@ class Turns:
         return lambda item_id, text, details: seals.seal(REASONING, owner, item_id, sealable(text, details))
 
 
-def begin(request: TurnRequest, response_id: str, created_at: int) -> Json:
-    """The response to a request before there is any output."""
-    return {
-        "id": response_id,
-        "object": "response",
-        "created_at": created_at,
-        "completed_at": None,
-        "status": "in_progress",
-        "error": None,
-        "incomplete_details": None,
-        "usage": None,
-        "output": [],
-        **echo(request),
-    }
-
-
-class Keeper(msgspec.Struct, frozen=True):
-    """Puts the response of one turn into the store."""
-
-    asked: Asked
-    fit: Fit
-    course: Course
-    ignored: tuple[str, ...]
-    ahead: Ahead
-
-    async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
-        """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
-        save = self.course.save
-        if save is None:
-            return
-        past, response = self.fit.prompt.past, machine.snapshot()
-        inputs = identified(past.own, self.course.item_ids)
-        items = self.fit.window_items(response["output"]) if self.asked.request.conversation_id else None
-        notes = Notes(self.ignored, self.fit.window_tokens(machine.counted), items)
-        turn = new_turn(self.asked.caller.owner, response, inputs, self.asked.request, notes)
-        lease = None if turn.is_detached else past.lease
-        first_use = None if turn.is_detached else self.asked.first_use
-        if lease or first_use:
-            turn = msgspec.structs.replace(turn, lock=lease and lease.lock, first_use=first_use)
-        is_saved = await save(turn, closing)
-        if lease and is_saved:
-            await lease.was_given_back()
-        if is_saved and not turn.is_detached:
-            self.ahead.consider(self.fit.prompt, turn.id, turn.body)
-
-
 class Turn:
-    """One call of a backend and the response it becomes; `ignored` names what was left out of the request."""
+    """One call of a backend and the response it becomes."""
 
     def __init__(self, fit: Fit, machine: ResponseStream, keeper: Keeper, created_after_s: float) -> None:
-        self.ignored = keeper.ignored
         self._fit = fit
         self._machine = machine
         self._keeper = keeper
+        self._meter = keeper.meter
         self._created_after_s = created_after_s
         self._accepting: asyncio.Task[ChatStream | Need] | None = None
         self._is_told = False
         self._is_kept = False
         self._unsaid: list[Event] = []
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was left out of the request."""
+        return self._fit.ignored
+
+    @property
+    def upstream(self) -> str:
+        """Who was asked last, by its name in the settings."""
+        return self._fit.prompt.way.upstream.settings.name
+
     async def run(self) -> Json:
         """The finished response of a plain turn. Raises: UpstreamError, StoreError."""
         try:
-            if need := await self._fit.look():
-                await self._compact(need)
-            if not self._fit.is_mere:
-                self._machine.feed(await self._completion())
-            self._machine.close()
-            await self._keeper.keep(self._machine, [])
-            self._learn()
-            return self._machine.snapshot()
+            with self._meter:
+                await self._look()
+                if not self._fit.is_mere:
+                    self._machine.feed(await self._completion())
+                self._machine.close()
+                self._keeper.count(self._machine)
+                await self._keeper.keep(self._machine, [])
+                self._learn()
+                response = self._machine.snapshot()
+                self._meter.status = response["status"]
+                return response
         finally:
             await self._fit.prompt.past.release()
 
+    async def _look(self) -> None:
+        if need := await self._fit.look():
+            await self._compact(need)
+
     async def _completion(self) -> Json:
-        """Asked for once more when the window was too full at first."""
-        way, bearer = self._fit.prompt.way, self._fit.prompt.caller.bearer
-        try:
-            return await way.upstream.complete(self._fit.body, bearer)
-        except WindowExceeded as refused:
-            await self._change(refused)
-            return await way.upstream.complete(self._fit.body, bearer)
+        """Asked for again when the window was too full, or elsewhere when the backend fails. Raises: UpstreamError."""
+        while True:
+            try:
+                return await self._fit.complete()
+            except UpstreamError as error:
+                await self._other_try(error)
+                await self._look()
 
     async def _compact(self, need: Need) -> list[Event]:
         """The events of the compaction item; a turn that fits the backend still goes on without one.
@@ -275,13 +232,17 @@ class Turn:
         except UpstreamError as error:
             if need.cause != "threshold":
                 raise
-            log.warning("the turn goes on as it is: %s", error.message)
+            log.warning("the turn goes on as it is: %s", error.logged)
             return []
         return self._machine.compacted(fitted.item, fitted.made.usage)
 
-    async def _change(self, refused: WindowExceeded) -> list[Event]:
-        """What makes a window fit that the backend refused. Raises: WindowExceeded when nothing does."""
-        fitted = await self._fit.change(refused)
+    async def _other_try(self, error: UpstreamError) -> list[Event]:
+        """What lets the backend be asked again: a window that fits, or another backend. Raises: the error."""
+        if not isinstance(error, WindowExceeded):
+            await self._fit.go_on(error)
+            self._machine.expect(self._fit.prompt.way.upstream.settings.think)
+            return []
+        fitted = await self._fit.change(error)
         return self._machine.compacted(fitted.item, fitted.made.usage) if fitted else []
 
     async def accept(self) -> None:
@@ -301,6 +262,7 @@ class Turn:
     def _refused(self, error: BaseException) -> None:
         """A window that is too full is compacted while the client hears the first events."""
         if not (isinstance(error, WindowExceeded) and self._fit.can_change(error)):
+            self._meter.ended("failed")
             raise error
 
     def _call_backend(self) -> asyncio.Task[ChatStream | Need]:
@@ -308,11 +270,16 @@ class Turn:
         return self._accepting
 
     async def _asked(self) -> ChatStream | Need:
-        """What the backend answers, or why it cannot be asked yet."""
-        if need := await self._fit.look():
-            return need
-        prompt = self._fit.prompt
-        return await prompt.way.upstream.stream(self._fit.body, prompt.caller.bearer)
+        """What the backend answers, or another one in its place; or why it cannot be asked yet."""
+        while True:
+            if need := await self._fit.look():
+                return need
+            try:
+                return await self._fit.stream()
+            except WindowExceeded:
+                raise
+            except UpstreamError as error:
+                await self._other_try(error)
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """The events of a turn in batches; the last one is terminal, whatever happens."""
@@ -322,7 +289,7 @@ class Turn:
                 async for batch in batches:
                     yield batch
         except ProxyError as error:
-            log.warning("turn failed: %s", error.message)
+            log.warning("turn failed: %s", error.logged)
             yield await self._failed(error)
         except Exception:
             log.exception("turn failed on a fault of this proxy")
@@ -334,45 +301,53 @@ class Turn:
         """All events after the first, but for the terminal one of a failure."""
         if self._fit.is_mere:
             yield self._machine.compacting(self._fit.item_id)
+        async with contextlib.aclosing(self._tried()) as batches:
+            async for batch in batches:
+                yield batch
+        yield await self._finished()
+
+    async def _tried(self) -> AsyncGenerator[list[Event], None]:
+        """What the backend says, or says at another try, as long as it has said nothing."""
         try:
             async with contextlib.aclosing(self._relayed()) as batches:
                 async for batch in batches:
                     yield batch
-        except WindowExceeded as refused:
-            if self._machine.has_answer:
+        except UpstreamError as error:
+            if self._machine.has_answer or self._fit.is_mere:
                 raise
             await self._let_go()
-            yield await self._change(refused)
-            async with contextlib.aclosing(self._relayed()) as batches:
+            yield await self._other_try(error)
+            async with contextlib.aclosing(self._tried()) as batches:
                 async for batch in batches:
                     yield batch
-        yield await self._finished()
 
     async def _relayed(self) -> AsyncGenerator[list[Event], None]:
         """What the backend says, after the compaction that the window needs."""
         stream = await (self._accepting or self._call_backend())
-        if isinstance(stream, Need):
+        while isinstance(stream, Need):
             yield await self._compact(stream)
-            stream = stream if self._fit.is_mere else await self._call_backend()
-        if isinstance(stream, Need):
-            return
+            if self._fit.is_mere:
+                return
+            stream = await self._call_backend()
         async for chunks in stream:
             events: list[Event] = []
             for chunk in chunks:
                 events += self._machine.feed(chunk)
             if events:
+                self._meter.told()
                 yield events
         if not stream.done and not self._machine.ended:
-            raise UpstreamBroken("The backend closed its stream before the answer was finished.")
+            raise stream.cut_short()
 
     async def _finished(self) -> list[Event]:
         """The last events, once the response is in the store; a response that cannot be kept has failed."""
         last = self._machine.close()
+        self._keeper.count(self._machine)
         saving = asyncio.ensure_future(self._keeper.keep(self._machine, last))
         try:
             await asyncio.shield(saving)
         except ProxyError as error:
-            log.warning("turn could not be kept: %s", error.message)
+            log.warning("turn could not be kept: %s", error.logged)
             return last + await self._failed(error)
         except asyncio.CancelledError:
             self._unsaid = last
@@ -399,7 +374,7 @@ class Turn:
         try:
             await self._keeper.keep(self._machine, [])
         except ProxyError as failure:
-            log.warning("a failed turn could not be kept: %s", failure.message)
+            log.warning("a failed turn could not be kept: %s", failure.logged)
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:
@@ -414,6 +389,7 @@ class Turn:
 
     async def close(self) -> None:
         """Lets go of the backend and of what the turn held; a backend that is still generating is stopped by it."""
+        self._meter.ended(self._machine.snapshot()["status"] if self._is_told or self._is_kept else "cancelled")
         try:
             await self._let_go()
         finally:
@@ -425,6 +401,16 @@ class Turn:
             accepting.cancel()
             accepting.add_done_callback(_closed)  # holds even when this is cancelled
             await asyncio.wait({accepting})
+
+
+class WarmUp(Turn):
+    """A turn without an answer: it is checked, kept and told of, and no backend is asked."""
+
+    async def accept(self) -> None:
+        pass
+
+    async def _made(self) -> AsyncGenerator[list[Event], None]:
+        yield await self._finished()
 
 
 def _closed(accepting: asyncio.Task[ChatStream | Need]) -> None:

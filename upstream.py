@@ -1,4 +1,4 @@
-"""The only outbound HTTP: which backend serves a model, how it is called, and what its failures mean.
+"""The only outbound HTTP: how a backend is called, and what its failures mean.
 
 May not know the Responses vocabulary, nor the store. Failures of every backend become the tree in errors.py.
 Source: tests/wire, and the backends' own sources where a table names them.
@@ -11,10 +11,10 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 import aiohttp
 import orjson
@@ -23,14 +23,20 @@ from yarl import URL
 
 import dialects
 from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, listed, windows_told
+from chat_stream import ChatStream, StreamLimits
+from circuits import Circuit
 from dialects import Dialect
-from errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
+from gates import NO_TERMS, Gate, Guard, Hold, Terms
+from logs import REQUEST_ID
 from looks import Look
+from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
-from sse import SSEDecoder
+from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
+from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
+NOTHING_PASSED: Headers = MappingProxyType({})
 log = logging.getLogger("responses_proxy.upstream")
 
 # How long after a look that found nothing the next one is made, and after one that found something.
@@ -41,14 +47,8 @@ SILENT_PAUSE_S = 30.0
 ASIDE_S = 5.0
 NOT_IN_TIME = 408
 NO_SUCH_ENDPOINT = frozenset({404, 405, 501})
-# How long the end of a body may take after `[DONE]`, so that the connection can be used again.
-DRAIN_S = 0.1
-# Timers are not set closer together than this.
-TIMER_STEP_S = 0.01
 # How long an idle connection is kept: less than the 5 s after which uvicorn and llama.cpp close theirs.
 KEEP_IDLE_S = 4.0
-# A body from this size on goes out in pieces, so that it does not hold up the others.
-LARGE_BODY_BYTES = 1024 * 1024
 # The largest part of an error body that is read.
 ERROR_BODY_BYTES = 64 * 1024
 
@@ -75,6 +75,13 @@ class UpstreamSettings:
     retries: int = 2
     retry_backoff_s: float = 0.5
     retry_wait_max_s: float = 5.0
+    max_in_flight: int = 0
+    max_waiting: int = 100
+    queue_wait_s: float = 30.0
+    fallback: tuple[str, ...] = ()
+    circuit_failures: int = 5
+    circuit_open_s: float = 15.0
+    send_request_id: bool = False
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -82,122 +89,37 @@ class UpstreamSettings:
         if self.dialect != "auto" and self.dialect not in dialects.DIALECTS:
             raise ValueError(f"upstream '{self.name}': dialect must be auto or one of {', '.join(dialects.DIALECTS)}")
 
-
-# -- one answer being streamed -----------------------------------------------------------------------------------------
-
-
-class ChatStream:
-    """The chunks of one streamed answer, a batch for every read of the network that held any.
-
-    `done` tells whether the backend said `[DONE]`. Raises on the way: UpstreamError.
-    """
-
-    def __init__(self, answer: aiohttp.ClientResponse, settings: UpstreamSettings) -> None:
-        self.done = False
-        self._answer = answer
-        self._settings = settings
-        self._decoder = SSEDecoder()
-        self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
-        self._total_ends_at = self._heard_at + settings.total_timeout_s
-        self._silence_s = settings.first_byte_timeout_s
-        self._failure: UpstreamError | None = None
-        self._timed_out: str | None = None
-        self._timer = self._next_check()
-
-    async def __aiter__(self) -> AsyncIterator[list[Json]]:
-        try:
-            async for data in self._answer.content.iter_any():
-                if chunks := self._chunks(self._decoder.feed(data)):
-                    self._heard_at, self._silence_s = self._loop.time(), self._settings.idle_timeout_s
-                    yield chunks
-                if self._failure:
-                    raise self._failure
-                if self.done:
-                    await self._drain()
-                    return
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._broken() from error
-        if chunks := self._chunks(self._decoder.flush()):
-            yield chunks
-        if self._failure:
-            raise self._failure
-
-    def _chunks(self, payloads: list[bytes]) -> list[Json]:
-        """What can be used; the failure that ends it is raised after that has been seen."""
-        chunks: list[Json] = []
-        try:
-            for payload in payloads:
-                if payload == b"[DONE]":
-                    self.done = True
-                    break
-                chunks.append(self._chunk(payload))
-        except UpstreamError as error:
-            self._failure = error
-        return chunks
-
-    def _chunk(self, payload: bytes) -> Json:
-        try:
-            chunk = orjson.loads(payload)
-        except orjson.JSONDecodeError as error:
-            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not JSON.") from error
-        if not isinstance(chunk, dict):
-            raise UpstreamGarbled(f"Upstream '{self._settings.name}' sent a chunk that is not a JSON object.")
-        raise_if_error(chunk, self._settings.name)
-        return chunk
-
-    def _ends_at(self) -> float:
-        return min(self._total_ends_at, self._heard_at + self._silence_s)
-
-    def _next_check(self) -> asyncio.TimerHandle:
-        """Not later than `idle_timeout_s`, which may have begun to count by then."""
-        now = self._loop.time()
-        next_at = min(self._ends_at(), now + self._settings.idle_timeout_s)
-        return self._loop.call_at(max(next_at, now + TIMER_STEP_S), self._check_silence)
-
-    def _check_silence(self) -> None:
-        """Closes an answer that is silent or runs on for too long; comments do not count as an answer."""
-        now = self._loop.time()
-        if now < self._ends_at():
-            self._timer = self._next_check()
-            return
-        total = f"ran for {self._settings.total_timeout_s:g} s"
-        self._timed_out = total if now >= self._total_ends_at else f"sent nothing for {self._silence_s:g} s"
-        self._answer.close()
-
-    def _broken(self) -> UpstreamError:
-        if self._timed_out:
-            return UpstreamTimeout(f"Upstream '{self._settings.name}' {self._timed_out} in the middle of its answer.")
-        return UpstreamBroken(f"Upstream '{self._settings.name}' closed its stream before the answer was finished.")
-
-    async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
-            async with asyncio.timeout(DRAIN_S):
-                while not self._answer.content.at_eof():
-                    await self._answer.content.readany()
-
-    def close(self) -> None:
-        """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
-        self._timer.cancel()
-        self._answer.close()
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(self.name, self.first_byte_timeout_s, self.idle_timeout_s, self.total_timeout_s)
 
 
-# -- one backend -------------------------------------------------------------------------------------------------------
+def settings_for(base_url: str) -> UpstreamSettings:
+    """The settings of a single backend given by its URL alone."""
+    return replace(UpstreamSettings(base_url=base_url), name=URL(base_url).host or "default")
 
 
 class Upstream:
-    """One chat-completions backend."""
+    """One chat-completions backend.
 
-    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession) -> None:
+    Whoever calls it by other means than `complete` and `stream` does so inside `async with upstream.held(): ...`.
+    """
+
+    def __init__(self, settings: UpstreamSettings, session: aiohttp.ClientSession, observer: Observer) -> None:
         self.settings = settings
         self._session = session
         self._base_url = settings.base_url.rstrip("/")
         self._root = self._base_url.removesuffix("/v1")
         self._host = URL(settings.base_url)
+        self._place = Place(observer, settings.name, self._host.host or "", self._host.port or 0)
         self._headers = self._make_headers()
+        self._stream_limits = settings.stream_limits
+        self._guard = guard_of(settings, observer)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
+        self._relay = Relay(session, self._base_url, self._stream_limits, settings.connect_timeout_s)
         self._told_dialect = settings.dialect if settings.dialect != "auto" else dialects.of_host(self._host.host or "")
         self._probe = Probe(dialects.DIALECTS[self._told_dialect]) if self._told_dialect else None
+        self._place.dialect = self._told_dialect or dialects.GENERIC.name
         self._looks = Look(self._look)
         self._told_windows = ToldWindows()
         self._count_again_at = 0.0
@@ -211,11 +133,13 @@ class Upstream:
             headers.setdefault("Authorization", f"Bearer {key}")
         return headers
 
-    def _headers_for(self, bearer: str | None) -> CIMultiDict[str]:
-        if bearer is None:
+    def _headers_for(self, passed: Headers) -> CIMultiDict[str]:
+        if not passed and not self.settings.send_request_id:
             return self._headers
         headers = self._headers.copy()
-        headers["Authorization"] = f"Bearer {bearer}"
+        headers.update(passed)
+        if self.settings.send_request_id:
+            headers["X-Request-Id"] = REQUEST_ID.get()
         return headers
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -226,6 +150,25 @@ class Upstream:
             self._looks.again(DETECTION_PAUSE_S)
             await self._looks.wait()
         return self._probe.dialect if self._probe else dialects.GENERIC
+
+    def lists(self, model: str) -> bool:
+        """Whether its list held that name at the last look; one whose settings name models serves no others."""
+        return not self.settings.models and self._probe is not None and model in self._probe.models
+
+    def look_again(self) -> None:
+        """Looks at its list of models beside requests, unless that was done not long ago."""
+        is_listed = self._probe is not None and self._probe.models
+        self._looks.again(FOUND_KEPT_S if is_listed else DETECTION_PAUSE_S)
+
+    async def looked(self) -> None:
+        """When the look that is under way has been made; it is not waited for long."""
+        await self._looks.wait()
+
+    async def models(self, passed: Headers = NOTHING_PASSED) -> list[Json]:
+        """The entries of its list of models, as they are. Raises: UpstreamError."""
+        asking = self._send("GET", "/models", None, self._headers_for(passed))
+        _, told = await self._read_json(asking, self.settings.connect_timeout_s)
+        return entries(told, "data")
 
     async def _look(self) -> None:
         with contextlib.suppress(UpstreamError):
@@ -239,6 +182,7 @@ class Upstream:
         models = entries(told, "data")
         dialect = self._dialect_of(models, answer.headers)
         before = self._probe = self._probe or Probe(dialect)
+        self._place.dialect = dialect.name
         windows = windows_told(listed(told)) | await self._loaded_windows(dialect)
         self._probe = Probe(dialect, tuple(str(model.get("id")) for model in models), windows)
         self._told_windows.forget_changed(before, self._probe)
@@ -285,7 +229,7 @@ class Upstream:
         """Remembers the window that an overflow told, until the backend itself tells another one than before."""
         self._told_windows.remember(model, tokens)
 
-    async def count_tokens(self, body: Json, bearer: str | None = None) -> int | None:
+    async def count_tokens(self, body: Json, passed: Headers = NOTHING_PASSED) -> int | None:
         """What the backend would report as `usage.prompt_tokens` for this chat request; None where it cannot tell."""
         now = asyncio.get_running_loop().time()
         if self.settings.tokenizer == "off" or now < self._count_again_at:
@@ -293,19 +237,21 @@ class Upstream:
         tokenizer = TOKENIZERS.get((await self.dialect()).tokenizer)
         if tokenizer is None:
             return None
-        status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), bearer)
+        status, answer = await self._ask_aside(tokenizer.path, tokenizer.body(body), passed)
         if status in NO_SUCH_ENDPOINT:
             self._count_again_at = now + FOUND_KEPT_S
         elif status == NOT_IN_TIME:
             self._count_again_at = now + SILENT_PAUSE_S
         return tokenizer.read(answer)
 
-    async def _ask_aside(self, path: str, body: Json | None = None, bearer: str | None = None) -> tuple[int, Any]:
+    async def _ask_aside(
+        self, path: str, body: Json | None = None, passed: Headers = NOTHING_PASSED
+    ) -> tuple[int, Any]:
         """The status of an endpoint beside the chat, 0 without an answer, and its JSON when that is 200."""
         method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
         try:
             async with asyncio.timeout(ASIDE_S):
-                answer = await self._request(method, self._root + path, data, self._headers_for(bearer))
+                answer = await self._request(method, self._root + path, data, self._headers_for(passed))
                 if answer.status == 200:
                     return 200, orjson.loads(await answer.read())
         except TimeoutError:
@@ -317,10 +263,22 @@ class Upstream:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def complete(self, body: Json, bearer: str | None = None) -> Json:
-        """The whole answer as one chat completion; `bearer` replaces the settings' key. Raises: UpstreamError."""
-        _, completion = await self._read_json(self._post(body, bearer), self.settings.total_timeout_s)
-        return self._checked(completion)
+    def held(self, terms: Terms = NO_TERMS) -> Hold:
+        """The right to make one call, to its end: a place at the gate, where the circuit lets it through.
+
+        `async with upstream.held() as hold: ...` takes an UpstreamError that leaves the block for the call's failure,
+        and a block that ends for its success; a failure that is not raised is told by `hold.failed(error)`.
+        Raises: UpstreamBusy and CircuitOpen, before the block begins.
+        """
+        return Hold(self._guard, terms)
+
+    async def complete(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Json:
+        """The whole answer as one chat completion; `passed` replaces headers of the settings. Raises: UpstreamError."""
+        async with self.held(terms):
+            with self._place.call(body, passed) as call:
+                _, completion = await self._read_json(self._post(body, call), self.settings.total_timeout_s)
+                call.heard((self._checked(completion),))
+                return cast(Json, completion)
 
     async def _read_json(
         self, asking: Awaitable[aiohttp.ClientResponse], timeout_s: float
@@ -346,22 +304,37 @@ class Upstream:
             raise UpstreamGarbled(f"Upstream '{self.settings.name}' answered without a choice.")
         return completion
 
-    async def stream(self, body: Json, bearer: str | None = None) -> ChatStream:
-        """The answer as chunks, once the backend has accepted the request. Raises: UpstreamError."""
+    async def stream(self, body: Json, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> ChatStream:
+        """The answer as chunks, once the backend has accepted the request. `close` it. Raises: UpstreamError."""
+        async with self.held(terms) as hold:
+            with self._place.call(body, passed) as call:
+                answer = await self._accepted(body, call)
+                return ChatStream(answer, self._stream_limits, hold.keep(), call.stay_open())
+
+    async def _accepted(self, body: Json, call: Call) -> aiohttp.ClientResponse:
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout_s):
-                answer = await self._post(body, bearer)
+                return await self._post(body, call)
         except TimeoutError as error:
             raise UpstreamTimeout(f"Upstream '{self.settings.name}' did not answer in time.") from error
-        return ChatStream(answer, self.settings)
 
-    async def _post(self, body: Json, bearer: str | None) -> aiohttp.ClientResponse:
+    async def relay(self, asked: Outgoing, passed: Headers = NOTHING_PASSED, terms: Terms = NO_TERMS) -> Relayed:
+        """A request as a client made it, with the headers of the settings, and any answer. Raises: UpstreamError."""
+        headers = self._headers_for(passed).copy()
+        headers.popall("Content-Type", None)
+        async with self.held(terms) as hold:
+            with self._place.untold(passed) as call:
+                call.sent()
+                return await self._relay.open(asked, headers, hold, call)
+
+    async def _post(self, body: Json, call: Call) -> aiohttp.ClientResponse:
         attempt = 0
-        headers = self._headers_for(bearer)
+        headers = self._headers_for(call.passed)
         tried: list[Mend] = []
         for known in self._mends:
             body = known(body)
         while True:
+            call.sent()
             try:
                 answer = await self._send("POST", "/chat/completions", orjson.dumps(body), headers)
                 self._mends += tried
@@ -371,11 +344,14 @@ class Upstream:
                 if mend is not None and mend not in tried:
                     tried.append(mend)
                     body = mend(body)
+                    call.failed(error)
                     continue
                 wait_s = self._retry_wait_s(error, attempt)
                 if wait_s is None:
                     raise
                 attempt += 1
+                call.failed(error)
+                call.retried()
                 log.warning("upstream '%s': %s; again in %.1f s", self.settings.name, type(error).__name__, wait_s)
                 await asyncio.sleep(wait_s)
 
@@ -437,39 +413,18 @@ class Upstream:
         return error
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+def guard_of(settings: UpstreamSettings, observer: Observer) -> Guard:
+    """What stands before a backend, by the clock of the loop."""
+    gate = Gate(settings.name, settings.max_in_flight, settings.max_waiting, settings.queue_wait_s)
+    circuit = Circuit(settings.name, settings.circuit_failures, settings.circuit_open_s, loop_time)
+    return Guard(settings.name, gate, circuit, observer)
 
 
-class Upstreams:
-    """The backends in the order of the settings, and the one connection pool they share."""
-
-    def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        self._all = tuple(Upstream(each, self._session) for each in settings)
-
-    def __iter__(self) -> Iterator[Upstream]:
-        return iter(self._all)
-
-    def route(self, model: str) -> tuple[Upstream, str]:
-        """The backend for a model and the model's name there; an unknown model goes to the first backend."""
-        for upstream in self._all:
-            settings = upstream.settings
-            if model in settings.aliases:
-                return upstream, settings.aliases[model]
-            if any(fnmatchcase(model, pattern) for pattern in settings.models):
-                return upstream, model
-        return self._all[0], model
-
-    async def look(self) -> None:
-        """Looks at every backend, so that the first request need not."""
-        await asyncio.gather(*(upstream.dialect() for upstream in self._all))
-
-    async def close(self) -> None:
-        await asyncio.gather(*(upstream.close() for upstream in self._all))
-        await self._session.close()
+def loop_time() -> float:
+    return asyncio.get_running_loop().time()
 
 
-def settings_for(base_url: str) -> UpstreamSettings:
-    """The settings of a single backend given by its URL alone."""
-    return replace(UpstreamSettings(base_url=base_url), name=URL(base_url).host or "default")
+def new_session() -> aiohttp.ClientSession:
+    """The connection pool that all backends share."""
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_IDLE_S)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())

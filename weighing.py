@@ -5,6 +5,7 @@ May not know events, the store or compaction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
 from operator import sub
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ class Prompt(msgspec.Struct, frozen=True):
     past: Past
     way: Way
 
+    @property
+    def passed(self) -> Mapping[str, str]:
+        """What of the caller's goes to the backend."""
+        return self.way.headers(self.caller, self.way.spoken_to)
+
 
 class Base(NamedTuple):
     """What the backend counted of a window with the answer to it, and the settings of that response."""
@@ -55,7 +61,12 @@ class Weigher:
         self._counter = counter
 
     def base(self, prompt: Prompt) -> Base | None:
-        """What the backend counted of all that the request continues; None where that tells nothing of this window."""
+        """What the backend counted of all that the request continues; None where that tells nothing of this window.
+
+        That was the backend that the model belongs to: others count otherwise, and theirs is not kept.
+        """
+        if prompt.way.is_fallback:
+            return None
         before = prompt.past.before
         tokens = counted_tokens(before.body, len(before.items))
         if not tokens or _ends_with_cut_call(prompt.past.contents.history):
@@ -86,7 +97,7 @@ class Weigher:
         estimate = self.estimated(prompt)
         if estimate < near * (ASK_FROM if self._counter.knows(prompt.way.name) else ASK_UNKNOWN_FROM):
             return estimate
-        exact = await prompt.way.upstream.count_tokens(body, prompt.caller.bearer)
+        exact = await prompt.way.upstream.count_tokens(body, prompt.passed)
         return estimate if exact is None else float(exact)
 
     def learn(self, prompt: Prompt, tokens: float) -> None:

@@ -110,3 +110,5 @@ WINDOW_ROUTES: dict[tuple[str, str], Work] = {
     ("POST", "/responses/compact"): Windows.compact,
     ("POST", "/responses/input_tokens"): Windows.input_tokens,
 }
+# What works a backend's tokenizer at most.
+LIGHT_WORK = frozenset({Windows.input_tokens})

@@ -3,7 +3,8 @@
 `POST /script?chunks=200&interval_ms=5&silent=0` sets how the streams that begin after it behave: that many chunks, one
 network write each, one per interval (0: as fast as the reader takes them), or, silent, the first chunk and then nothing
 until the connection closes. `words` is how many there are in a chunk. With `counting=1` the usage of an answer
-follows its length and that of the request, as a model's would; `plain_ms` is how long a plain answer takes.
+follows its length and that of the request, as a model's would; `plain_ms` is how long a plain answer takes. An answer
+of `/v1/embeddings` has as many bytes as its request.
 """
 
 import argparse
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
         self.script = script
         self.parser = httptools.HttpRequestParser(self)
         self.target = b""
-        self.body = b""
+        self.body = bytearray()
         self.stream: Stream | None = None
         self.transport: asyncio.WriteTransport
 
@@ -152,7 +153,7 @@ class Connection(asyncio.Protocol):
             self.stream.resume()
 
     def on_url(self, url: bytes) -> None:
-        self.target, self.body = url, b""
+        self.target, self.body = url, bytearray()
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -161,6 +162,8 @@ class Connection(asyncio.Protocol):
         path, _, query = self.target.partition(b"?")
         if path == b"/v1/chat/completions":
             self.complete(orjson.loads(self.body))
+        elif path == b"/v1/embeddings":
+            self.transport.write(plain(b" " * len(self.body)))
         elif path == b"/script":
             self.script.set(query)
             self.transport.write(plain(b"{}"))

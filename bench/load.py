@@ -6,6 +6,7 @@
 `--background` asks for background responses. With `--mode stream` each is read live; with `--mode plain` and `--store
 FILE` each is fetched once, as soon as the file says that it has ended, which costs the server nothing; with `--mode
 admit` it is left in the queue. `--owners` spreads the connections over that many client keys, `bench-0` and so on.
+`--passing` streams chat completions, and `--mode upload` sends embeddings requests of so many `--megabytes`.
 """
 
 import argparse
@@ -72,6 +73,31 @@ class Exchange:
         return response
 
 
+class Passed(Exchange):
+    """What went through: nothing is looked at before it has ended."""
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def answer(self) -> dict[str, Any]:
+        """Shown as a response would be."""
+        *chunks, end, rest = bytes(self.body).split(b"\n\n")
+        choices = [orjson.loads(chunk.removeprefix(b"data: "))["choices"] for chunk in chunks]
+        texts = [choice["delta"].get("content") or "" for choice, *_ in filter(None, choices)]
+        is_whole = self.parser.get_status_code() == 200 and (end, rest) == (b"data: [DONE]", b"")
+        content = [{"text": text} for text in texts]
+        return {"status": "completed" if is_whole else "failed", "output": [{"content": content}]}
+
+
+class Uploaded(Passed):
+    """As many bytes come back as were sent."""
+
+    sent_bytes = 0
+
+    def answer(self) -> dict[str, Any]:
+        return {"status": "completed" if len(self.body) == self.sent_bytes else "failed"}
+
+
 def text_length(response: dict[str, Any]) -> int:
     """Characters of output text."""
     return sum(len(part["text"]) for item in response.get("output", ()) for part in item.get("content", ()))
@@ -93,8 +119,8 @@ class Connection(asyncio.Protocol):
         if self.exchange:
             self.exchange.lost()
 
-    def send(self, request: bytes) -> Exchange:
-        self.exchange = Exchange(time.perf_counter())
+    def send(self, request: bytes, kind: type[Exchange] = Exchange) -> Exchange:
+        self.exchange = kind(time.perf_counter())
         self.transport.write(request)
         return self.exchange
 
@@ -135,21 +161,40 @@ class Client:
 
     async def create(self, previous_id: str | None = None) -> Exchange:
         given = self._given
+        if given.mode == "upload":
+            return await self._upload(b'{"model":"bench","input":"%b"}' % (b"x" * (given.megabytes * 1_000_000)))
+        if given.passing:
+            messages = [{"role": "user", "content": "Say some words."}]
+            return await self._post(
+                "/v1/chat/completions", {"model": "bench", "messages": messages, "stream": True}, Passed
+            )
         fields = {"model": "bench", "input": "Say some words."}
         if previous_id:
             fields["previous_response_id"] = previous_id
         flags = {"stream": given.mode in ("stream", "hold"), "store": given.keep != "nothing"}
-        body = orjson.dumps({**fields, **flags, **({"background": True} if given.background else {})})
+        background = {"background": True} if given.background else {}
+        return await self._post("/v1/responses", {**fields, **flags, **background}, Exchange)
+
+    async def _upload(self, body: bytes) -> Exchange:
+        exchange = await self._post_raw("/v1/embeddings", body, Uploaded)
+        assert isinstance(exchange, Uploaded)
+        exchange.sent_bytes = len(body)
+        return exchange
+
+    async def _post(self, path: str, body: dict[str, Any], kind: type[Exchange]) -> Exchange:
+        return await self._post_raw(path, orjson.dumps(body), kind)
+
+    async def _post_raw(self, path: str, body: bytes, kind: type[Exchange]) -> Exchange:
         headers = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-        return await self._send(b"POST /v1/responses", headers + b"\r\n" + body)
+        return await self._send(b"POST %b" % path.encode(), headers + b"\r\n" + body, kind)
 
     async def fetch(self, response_id: str) -> Exchange:
         return await self._send(b"GET /v1/responses/%b" % response_id.encode(), b"\r\n")
 
-    async def _send(self, target: bytes, rest: bytes) -> Exchange:
+    async def _send(self, target: bytes, rest: bytes, kind: type[Exchange] = Exchange) -> Exchange:
         if self._connection is None or self._connection.transport.is_closing():
             self._connection = await connect(self._given.port)
-        return self._connection.send(target + b" HTTP/1.1\r\n" + self._headers + rest)
+        return self._connection.send(target + b" HTTP/1.1\r\n" + self._headers + rest, kind)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -221,9 +266,11 @@ async def hold(given: argparse.Namespace) -> None:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--port", type=int, required=True)
-    flags.add_argument("--mode", choices=("stream", "plain", "admit", "hold"), required=True)
+    flags.add_argument("--mode", choices=("stream", "plain", "admit", "hold", "upload"), required=True)
     flags.add_argument("--keep", choices=("nothing", "turns", "chains"), default="nothing")
     flags.add_argument("--background", action="store_true")
+    flags.add_argument("--passing", action="store_true")
+    flags.add_argument("--megabytes", type=int, default=1)
     flags.add_argument("--store")
     flags.add_argument("--owners", type=int, default=0)
     flags.add_argument("--concurrency", type=int, default=1)

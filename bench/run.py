@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
-PROGRAMS = {"relay": "bench/relay.py", "proxy": "proxy.py"}
+PROGRAMS = {"relay": "bench/relay.py", "bytes": "bench/bytes_relay.py", "proxy": "proxy.py"}
 START_LIMIT_S = 20
 CHILD_LIMIT_S = 90
 WORD_CHARACTERS = 5
@@ -48,6 +48,8 @@ QUEUED_BOUND_KB = 2
 ADMISSION_BOUND = 1.5
 AHEAD_BOUND = 1.2
 COUNTING_BOUND = 1.15
+PASSING_BOUND = 1.2
+UPLOAD_MEGABYTES, UPLOADS = 20, 4
 OWNERS = 20
 OWNER_KEYS = tuple(f"bench-{number}" for number in range(OWNERS))
 BACKGROUND = ("--keep", "turns", "--background")
@@ -477,6 +479,31 @@ def counting(bench: Bench) -> list[Row]:
     ]
 
 
+def passing(bench: Bench) -> list[Row]:
+    """What goes through as it is, beside a server and a client that only copy bytes."""
+    plan = bench.plan
+    rows: list[Row] = []
+    with serving("bytes", bench.backend_port) as copying:
+        beside = replace(bench, relay=copying)
+        what = "CPU per chunk that goes through, 8 streams,"
+        for streams, chunks, ms, pace in (
+            (plan.paced_streams, 200, 5, "a chunk per 5 ms"),
+            (plan.free_streams, 1000, 0, "as fast as they go"),
+        ):
+            bench.script(chunks=chunks, interval_ms=ms)
+            measure = cpu_per_chunk(streams, chunks, "--passing")
+            measure(copying)
+            rows.append(beside.row(f"{what} {pace}", "µs", measure, PASSING_BOUND))
+        rows.append(beside.row(f"CPU per {UPLOAD_MEGABYTES} MB out and back", "ms", upload_ms))
+    return rows
+
+
+def upload_ms(server: Server) -> float:
+    before = server.cpu_s()
+    load(server, "upload", UPLOADS, 1, "--megabytes", str(UPLOAD_MEGABYTES))
+    return (server.cpu_s() - before) * 1000 / UPLOADS
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "paced": paced,
     "free": free,
@@ -492,6 +519,7 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "rate": rate,
     "ahead": ahead,
     "counting": counting,
+    "passing": passing,
 }
 
 
@@ -668,6 +696,9 @@ turns, whose window of about {THRESHOLD_TOKENS} tokens was compacted, and of {OR
 as that one then is, within a fifth, which is checked. The record takes the backend 50 ms, where a model takes seconds.
 A backend that answers at once shows what the proxy itself adds; the bound is with one that takes 10 ms to its first
 chunk, which is less than models take.
+
+What goes through as it is stands beside another relay (`bench/bytes_relay.py`): aiohttp's server and client on the same
+event loop, which copy bytes. The large body is of {UPLOAD_MEGABYTES} MB, and so is its answer.
 """
 
 
@@ -675,7 +706,9 @@ def parse_flags() -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; none: all")
     flags.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    flags.add_argument("--subject", choices=PROGRAMS, default="proxy", help="relay: against itself, to see the noise")
+    flags.add_argument(
+        "--subject", choices=("proxy", "relay"), default="proxy", help="relay: against itself, to see the noise"
+    )
     given = flags.parse_args()
     if unknown := set(given.sections) - SECTIONS.keys():
         flags.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")

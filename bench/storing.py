@@ -25,13 +25,13 @@ import uvloop
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from keeper import begin  # noqa: E402
 from records import decoded, identified, new_turn  # noqa: E402 - the rooms stand one folder up
 from request import RequestLimits, echo, parse_request  # noqa: E402
 from run_verbs import NewRun, QueueLimits  # noqa: E402
 from sources import Ids  # noqa: E402
 from store import SQLiteStore, StoreSettings, open_store  # noqa: E402
 from streaming import ResponseStream, StreamPlan  # noqa: E402
-from turns import begin  # noqa: E402
 from verbs import ItemIds, NewTurn, Window  # noqa: E402
 
 DEPTHS = (10, 100, 1000)

@@ -25,6 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--name", default="tiny-think", help="the name clients ask for (default: %(default)s)")
     parser.add_argument("--ctx", type=int, default=2048, help="window of all slots together, in tokens")
     parser.add_argument("--slots", type=int, default=2, help="requests served at once (default: %(default)s)")
+    parser.add_argument("--embeddings", action="store_true", help="embeddings too, the mean over all tokens")
     return parser.parse_args()
 
 
@@ -42,6 +43,9 @@ def server_params(args: argparse.Namespace) -> xllamacpp.CommonParams:
     params.use_jinja = True  # without it the server refuses tools
     params.fit_params = False
     params.ui = False
+    params.embedding = args.embeddings
+    if args.embeddings:
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     params.verbosity = ERRORS_ONLY
     return params
 

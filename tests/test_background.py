@@ -41,13 +41,15 @@ from counting import Counter
 from errors import StoreError
 from leases import Leases
 from metrics import Metrics
+from observing import Observer
+from routing import Upstreams
 from run_verbs import Held, NewRun, QueueLimits, RunStore
 from sealing import Seals
 from sources import Sources
 from store import SQLiteStore, StoreSettings, open_store
 from streaming import ReasoningSettings, ResponseStream
 from turns import Means, Turns, TurnSettings
-from upstream import Upstreams, UpstreamSettings
+from upstream import UpstreamSettings
 from verbs import NewTurn
 from watching import Watcher
 
@@ -1551,7 +1553,13 @@ class Queue:
         sources = Sources(lambda: self.now, lambda prefix: f"{prefix}_1")
         self.upstreams = Upstreams((UpstreamSettings(base_url="http://127.0.0.1:9/v1"),))
         means = Means(
-            self.upstreams, Leases(store, sources), Seals((bytes(32),)), sources, Watcher(store), Counter(), Metrics()
+            self.upstreams,
+            Leases(store, sources),
+            Seals((bytes(32),)),
+            sources,
+            Watcher(store),
+            Counter(),
+            Observer(Metrics()),
         )
         made = Turns(means, TurnSettings(), ReasoningSettings(), CompactionSettings())
         self.background = Background(store, made, means, BackgroundSettings(workers=0))

@@ -138,6 +138,35 @@ async def test_check_describes_a_real_backend(llamacpp: str) -> None:
     assert "tiny-think: window 1024 tokens" in done.stdout
 
 
+async def test_check_describes_the_routes_of_several_backends(backend: Backend, tmp_path: Path) -> None:
+    backend.models = {"data": []}
+    config = tmp_path / "config.toml"
+    config.write_text(f"""
+[[upstream]]
+name = "first"
+base_url = "{backend.url}"
+aliases = {{ gpt-5 = "qwen3:30b", small = "qwen3:4b" }}
+fallback = ["second"]
+[[upstream]]
+name = "second"
+base_url = "http://127.0.0.1:1/v1"
+models = ["qwen*"]
+aliases = {{ gpt-5 = "llama" }}
+""")
+    done = await asyncio.to_thread(run, "check", "--config", str(config))
+    assert (done.returncode, done.stdout.splitlines()) == (
+        1,
+        [
+            f"first ({backend.url}): dialect generic, 0 model(s), tokenizer: no",
+            "  serves: gpt-5 as qwen3:30b, small as qwen3:4b, what it lists, every model that nobody names",
+            "  falls back to: second (gpt-5 as llama, small as small)",
+            "second (http://127.0.0.1:1/v1): "
+            "Upstream 'second' at 127.0.0.1:1 cannot be reached (ClientConnectorError).",
+            "  serves: gpt-5 as llama, qwen*",
+        ],
+    )
+
+
 def test_check_fails_on_an_unreachable_backend() -> None:
     done = run("check", "--upstream", "http://127.0.0.1:1/v1")
     assert done.returncode == 1

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from samples import ITEMS
 
 from compaction import CompactionSettings, Plan, Room, cut, in_turns, planned, room_for, threshold_of, truncated
-from errors import UpstreamGarbled, UpstreamTimeout, WindowExceeded
 from folding import Contents, record_of
 from request import ContextManagement, TurnRequest
 from summaries import PROMPT, Answer, Question, Summariser, in_pieces, transcript
+from upstream_errors import UpstreamGarbled, UpstreamTimeout, WindowExceeded
 
 Json = dict[str, Any]
 THIRD = 1 / 3

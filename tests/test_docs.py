@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from edge import PASSED_PATHS
 from settings import SECTIONS, Settings, load_settings
 from stored import STORED_ROUTES
 from windows import WINDOW_ROUTES
@@ -90,7 +91,12 @@ def test_a_stale_matrix_is_noticed(tmp_path: Path) -> None:
 ROUTES = [
     "POST /v1/responses",
     "GET /healthz",
+    "GET /readyz",
+    "GET /metrics",
     *(f"{method} /v1{path}" for method, path in (*STORED_ROUTES, *WINDOW_ROUTES)),
+    "GET /v1/models",
+    "GET /v1/models/{id}",
+    *(f"POST /v1{path}" for path in PASSED_PATHS),
 ]
 
 

@@ -9,7 +9,9 @@ import pytest
 from openai.types.responses import ResponseError
 
 import errors
-from errors import ProxyError, UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
+import upstream_errors
+from errors import ProxyError
+from upstream_errors import UpstreamError, UpstreamRefused, UpstreamTimeout, WindowExceeded
 
 # Known to clients, though not among the SDK's literals (client-needs: Codex shows its own message for each).
 KNOWN_BESIDES = {"context_length_exceeded", "insufficient_quota", "server_is_overloaded"}
@@ -20,7 +22,8 @@ def leaves(root: type[ProxyError]) -> list[type[ProxyError]]:
 
 
 def test_the_drawn_tree_is_the_tree() -> None:
-    drawn = re.findall(r"^[│├└─ ]*([A-Z]\w+) {2,}", str(errors.__doc__), re.MULTILINE)
+    drawing = f"{errors.__doc__}\n{upstream_errors.__doc__}"
+    drawn = re.findall(r"^[│├└─ ]*([A-Z]\w+) {2,}", drawing, re.MULTILINE)
     assert {leaf.__name__ for leaf in leaves(ProxyError)} == set(drawn)
 
 
@@ -41,10 +44,12 @@ def test_the_drawn_tree_is_the_tree() -> None:
         ("UpstreamTimeout", 504, "server_error", "upstream_timeout"),
         ("UpstreamGarbled", 502, "server_error", "upstream_error"),
         ("UpstreamBroken", 502, "server_error", "upstream_error"),
+        ("UpstreamBusy", 503, "server_error", "upstream_busy"),
+        ("CircuitOpen", 503, "server_error", "upstream_unavailable"),
     ],
 )
 def test_each_class_has_its_status_and_its_body(name: str, status: int, type_: str, code: str | None) -> None:
-    error = getattr(errors, name)("said", param="input")
+    error = getattr(upstream_errors if hasattr(upstream_errors, name) else errors, name)("said", param="input")
     body = {"error": {"message": "said", "type": type_, "param": "input", "code": code}}
     assert (status, body) == (error.http_status, error.to_wire())
 

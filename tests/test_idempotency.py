@@ -31,12 +31,15 @@ from scripted import (
 from test_proxy import Blocks, error_of, events_in
 
 from counting import Counter
+from edge import Edge
 from leases import Leases
 from metrics import Metrics
-from proxy import Edge, Outermost, make_seals, make_services, opened_store
+from observing import Observer
+from outermost import Outermost
+from routing import Upstreams
+from services import make_seals, make_services, opened_store
 from sources import Ids, Sources
 from turns import Means
-from upstream import Upstreams
 from watching import Watcher
 
 Json = dict[str, Any]
@@ -455,10 +458,10 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         sources = Sources(clock, Ids(clock))
         leases = Leases(store, sources)
         stack.push_async_callback(leases.close)
-        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Metrics())
+        means = Means(upstreams, leases, make_seals(settings), sources, Watcher(store), Counter(), Observer(Metrics()))
         services = await make_services(settings, store, means)
         listener = listening_socket()
-        asgi = Outermost(Edge(settings, services), sources.new_id)
+        asgi = Outermost(Edge(settings, services), services.observer, sources.new_id)
         config = uvicorn.Config(asgi, log_config=None, access_log=False, lifespan="off")
         config.load()
         server = uvicorn.Server(config)

@@ -134,7 +134,9 @@ def test_a_pdf_without_the_extra_says_what_is_missing(monkeypatch: pytest.Monkey
         ("generic", {"type": "input_image", "image_url": PNG, "detail": "most"}, "invalid_value", ".detail"),
         ("generic", {"type": "input_image", "file_id": "file-1"}, "invalid_value", ".file_id"),
         ("ollama", {"type": "input_image", "image_url": "https://a.example/b.png"}, "invalid_image_url", ".image_url"),
+        ("generic", {"type": "input_image", "image_url": PNG, "file_id": 0}, "invalid_type", ".file_id"),
         ("generic", {"type": "input_file", "file_id": "file-1"}, "invalid_value", ".file_id"),
+        ("generic", {"type": "input_file", "file_data": "", "file_url": False}, "invalid_type", ".file_url"),
         ("generic", {"type": "input_file", "file_url": "https://a.example/b"}, "invalid_value", ".file_url"),
         ("generic", {"type": "input_file"}, "missing_required_parameter", ".file_data"),
         ("generic", {"type": "input_file", "file_data": "", "filename": 5}, "invalid_type", ".filename"),
@@ -276,6 +278,15 @@ EXIT = {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}
             [
                 {"type": "local_shell_call", "id": "l", "call_id": "c", "action": ACTION},
                 {"type": "local_shell_call_output", "id": "c", "output": "{}"},
+            ],
+            "local_shell",
+            '{"command":["ls"]}',
+            "{}",
+        ),
+        (
+            [
+                {"type": "local_shell_call", "id": "c", "call_id": None, "action": ACTION},
+                {"type": "local_shell_call_output", "call_id": None, "id": "c", "output": "{}"},
             ],
             "local_shell",
             '{"command":["ls"]}',

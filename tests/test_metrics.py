@@ -26,7 +26,7 @@ from test_background import (
 )
 from test_durability import in_file
 
-from metrics import CONTENT_TYPE, Metrics
+from metrics import CONTENT_TYPE, ENDS, MODES, Load, Metrics
 
 __all__ = ["file", "on_file"]
 NAMES = {
@@ -40,6 +40,23 @@ NAMES = {
     "compaction_tokens_before": "histogram",
     "compaction_tokens_after": "histogram",
     "compaction_seconds": "histogram",
+    "requests": "counter",
+    "requests_in_flight": "gauge",
+    "streams_open": "gauge",
+    "websockets_open": "gauge",
+    "answer_seconds": "histogram",
+    "turns": "counter",
+    "turn_seconds": "histogram",
+    "first_output_seconds": "histogram",
+    "upstream_requests": "counter",
+    "upstream_retries": "counter",
+    "upstream_errors": "counter",
+    "tokens": "counter",
+    "ignored": "counter",
+    "store_save_seconds": "histogram",
+    "store_writes_waiting": "gauge",
+    "store_bytes": "gauge",
+    "build_info": "gauge",
 }
 
 
@@ -78,10 +95,17 @@ async def reached(app: App, **expected: float) -> None:
 
 
 def test_a_fresh_process_has_counted_nothing() -> None:
-    text = Metrics().text(3, 2).decode()
+    text = Metrics("1.2").text(Load(3, 2, 1, 4096)).decode()
     assert values_in(text) == {
         "runs_queued": 3,
         "runs_running": 2,
+        "store_writes_waiting": 1,
+        "store_bytes": 4096,
+        "build_info[1.2]": 1,
+        "requests_in_flight": 0,
+        "streams_open": 0,
+        "websockets_open": 0,
+        **{f"turns_total[{mode}][{status}]": 0 for mode in MODES for status in ENDS},
         "run_attempts_total": 0,
         "run_takeovers_total": 0,
         "run_cancels_total": 0,
@@ -92,11 +116,11 @@ def test_a_fresh_process_has_counted_nothing() -> None:
 def test_two_of_them_in_one_program_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.cancels.inc()
-    assert [values_in(each.text(0, 0).decode())["run_cancels_total"] for each in (one, other)] == [1, 0]
+    assert [values_in(each.text(Load()).decode())["run_cancels_total"] for each in (one, other)] == [1, 0]
 
 
 def test_every_name_is_in_the_docs() -> None:
-    families = list(text_string_to_metric_families(Metrics().text(0, 0).decode()))
+    families = list(text_string_to_metric_families(Metrics().text(Load()).decode()))
     told = {
         name
         for page in (ROOT / "docs").glob("*.md")

@@ -20,13 +20,15 @@ from controlled import controlled
 from event_grammar import check, parse
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, sse, streamed
 
+from answers import read_body
 from background import Background
 from errors import StoreError
-from proxy import Application, read_body, told_to_stop
+from proxy import Application
 from settings import Settings, load_settings
 from sources import Ids
 from stored import STORED_ROUTES
 from streaming import ResponseStream
+from upkeep import told_to_stop
 from windows import WINDOW_ROUTES
 
 HI: dict[str, Any] = {"model": "m", "input": "Hi"}
@@ -212,15 +214,33 @@ async def test_an_input_without_anything_for_the_model_is_a_400(app: App) -> Non
 
 
 async def test_an_unknown_route_is_a_404(app: App) -> None:
-    async with app.post(HI, "/v1/answers") as answer:
+    async with app.post(HI, "/answers") as answer:
         error = await error_of(answer, 404)
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/responses"), ("PUT", "/v1/responses/resp_1")])
-async def test_a_wrong_method_is_a_405(app: App, method: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["/v1/responses/", "/v1/conversations/", "/responses/resp_1/", "//v1/responses"])
+async def test_a_slash_too_many_is_a_404(app: App, path: str) -> None:
+    async with app.http.get(app.url + path, allow_redirects=False) as answer:
+        await error_of(answer, 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/responses", "GET, HEAD, POST"),
+        ("PUT", "/v1/responses/resp_1", "DELETE, GET, HEAD"),
+        ("PUT", "/conversations/conv_1", "DELETE, GET, HEAD, POST"),
+        ("OPTIONS", "/v1/responses/resp_1/cancel", "POST"),
+        ("POST", "/healthz", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_a_405_that_names_the_right_ones(
+    app: App, method: str, path: str, allowed: str
+) -> None:
     async with app.http.request(method, app.url + path) as answer:
         await error_of(answer, 405)
+    assert answer.headers["allow"] == allowed
 
 
 # Routes that name an object in their path.
@@ -294,10 +314,9 @@ async def test_healthz_says_ok(app: App) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/responses"])
-async def test_a_websocket_upgrade_is_a_426(app: App, path: str) -> None:
-    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-        await app.http.ws_connect(app.url + path)
-    assert caught.value.status == 426
+async def test_an_upgrade_at_a_server_without_websockets_is_a_426(app: App, path: str) -> None:
+    async with app.http.get(app.url + path, headers={"upgrade": "websocket"}) as answer:
+        await error_of(answer, 426)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +326,12 @@ async def test_a_websocket_upgrade_is_a_426(app: App, path: str) -> None:
         ({}, ["websocket.close"]),
     ],
 )
-async def test_a_server_with_websockets_is_told_to_refuse(extensions: Any, sent: list[str]) -> None:
+async def test_an_upgrade_is_refused_as_the_server_can_do_it(extensions: Any, sent: list[str]) -> None:
+    scope = {"type": "websocket", "path": "/nowhere", "headers": [], "extensions": extensions}
     async with lifespan_of(Application(lambda: some_settings())) as application:
-        messages = await asgi_call(application, {"type": "websocket", "extensions": extensions})
+        messages = await asgi_call(application, scope)
     assert [message["type"] for message in messages] == sent
-    assert messages[0].get("status", 426) == 426
+    assert messages[0].get("status", 404) == 404
 
 
 async def test_a_path_prefix_of_the_server_is_not_part_of_the_route() -> None:
@@ -849,7 +869,7 @@ FAULT = RuntimeError("a fault")
 async def test_a_purge_that_fails_is_logged_and_made_again(
     start_app: StartApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Any, logged: Any
 ) -> None:
-    monkeypatch.setattr("proxy.PURGE_EVERY_S", 0.001)
+    monkeypatch.setattr("upkeep.PURGE_EVERY_S", 0.001)
     purging = controlled("purge", monkeypatch)
     purging.failure = failure
     await start_app()
@@ -859,7 +879,7 @@ async def test_a_purge_that_fails_is_logged_and_made_again(
     seen = [
         (record.levelname, record.getMessage(), record.exc_info and record.exc_info[1])
         for record in caplog.records
-        if record.name == "responses_proxy"
+        if record.name == "responses_proxy.upkeep"
     ]
     assert (len(seen) >= 2, [each for each in seen if each != logged]) == (True, [])
 

@@ -8,8 +8,8 @@ import orjson
 import pytest
 from wire_reader import transcript
 
-from errors import UpstreamError, UpstreamRefused, WindowExceeded
 from refusals import error_fields, mend_for, raise_if_error, refusal, retry_after_s
+from upstream_errors import UpstreamError, UpstreamRefused, WindowExceeded
 
 Json = dict[str, Any]
 

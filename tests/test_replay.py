@@ -11,10 +11,10 @@ from event_grammar import RESPONSE, USAGE, check, delta, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UpstreamBroken
 from replay import replayed
 from streaming import ResponseStream, StreamPlan
 from tools import ToolRef
+from upstream_errors import UpstreamBroken
 
 Json = dict[str, Any]
 REFS = {kind: ToolRef(kind, kind) for kind in ("custom", "shell", "local_shell", "apply_patch", "tool_search")}

@@ -10,7 +10,8 @@ import pytest
 from conftest import settings_of
 from scripted import Backend
 
-from proxy import check, main, parse_args, settings_of_args
+from commands import check
+from proxy import main, parse_args, settings_of_args
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 
 URL = "http://backend:8000/v1"
@@ -218,3 +219,20 @@ async def test_check_tells_a_backend_that_cannot_be_reached(capsys: pytest.Captu
 def test_the_check_command_gives_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--upstream", "http://127.0.0.1:1/v1"]) == 1
     assert capsys.readouterr().out.startswith("127.0.0.1 (http://127.0.0.1:1/v1): ")
+
+
+@pytest.mark.parametrize(
+    ("fallback", "message"),
+    [
+        ('["secnd"]', "unknown upstream 'secnd' in the fallback of 'first'; did you mean 'second'?"),
+        ('["first"]', "upstream.fallback 'first' of 'first': an upstream is no fallback of itself"),
+        ('["second", "second"]', "upstream.fallback 'second' of 'first': there are two of that name"),
+        ('["twin"]', "upstream.fallback 'twin' of 'first': there are two of that name"),
+    ],
+)
+def test_a_fallback_is_one_other_upstream(tmp_path: Path, fallback: str, message: str) -> None:
+    tables = [f'[[upstream]]\nname = "{name}"\nbase_url = "{URL}"' for name in ("first", "second", "twin", "twin")]
+    tables[0] += f"\nfallback = {fallback}"
+    with pytest.raises(SettingsError) as caught:
+        load_settings(written(tmp_path, "\n".join(tables)), {}, {})
+    assert str(caught.value) == message

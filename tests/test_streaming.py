@@ -9,8 +9,8 @@ import orjson
 import pytest
 from event_grammar import USAGE, check, delta, machine, message, output, parse, relay, without_ids
 
-from errors import UpstreamBroken, UpstreamRefused
 from tools import ToolRef
+from upstream_errors import UpstreamBroken, UpstreamRefused
 
 Json = dict[str, Any]
 STOP = delta("stop")

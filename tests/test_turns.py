@@ -15,18 +15,22 @@ from scripted import DONE, END, Backend, Script, chunk, plain, streamed
 from auth import Caller
 from compaction import CompactionSettings
 from counting import Counter
-from errors import InvalidRequest, ProxyError, StoreError, UpstreamRefused
+from errors import InvalidRequest, ProxyError, StoreError
+from keeper import Asked
 from leases import Leases
 from metrics import Metrics
+from observing import Observer
 from records import restored
 from request import RequestLimits, parse_request
+from routing import Upstreams
 from run_verbs import RunStore
 from sealing import Seals
 from sources import Sources
 from store import StoreSettings, open_store
 from streaming import ReasoningSettings
-from turns import Asked, Means, Turn, Turns, TurnSettings
-from upstream import Upstreams, UpstreamSettings
+from turns import Means, Turn, Turns, TurnSettings
+from upstream import UpstreamSettings
+from upstream_errors import UpstreamRefused
 from verbs import Page
 from watching import Watcher
 
@@ -55,7 +59,7 @@ class Bench:
             sources,
             Watcher(self.store),
             Counter(),
-            Metrics(),
+            Observer(Metrics()),
         )
         return Turns(means, TurnSettings(**settings), ReasoningSettings(), CompactionSettings())
 

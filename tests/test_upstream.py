@@ -21,8 +21,12 @@ from scripted import DEADLINE_S, DONE, Backend, Script, chunk, plain, sse, strea
 from wire_reader import transcript
 from yarl import URL
 
-from errors import (
+from chat_stream import ChatStream
+from routing import Upstreams
+from upstream import Upstream, UpstreamSettings, settings_for
+from upstream_errors import (
     UpstreamBroken,
+    UpstreamBusy,
     UpstreamError,
     UpstreamGarbled,
     UpstreamRefused,
@@ -30,7 +34,6 @@ from errors import (
     UpstreamUnreachable,
     WindowExceeded,
 )
-from upstream import ChatStream, Upstream, Upstreams, UpstreamSettings, settings_for
 
 Json = dict[str, Any]
 Connect = Callable[..., Upstream]
@@ -319,11 +322,12 @@ async def test_a_stream_is_read_to_its_end(connect: Connect, backend: Backend) -
     assert (await said_without_usage(stream), stream.done) == ("Hello", True)
 
 
-async def said_without_usage(stream: ChatStream) -> str:
+async def said_without_usage(stream: ChatStream, *, is_closed: bool = True) -> str:
     try:
         chunks = [c for batch in [batch async for batch in stream] for c in batch]
     finally:
-        stream.close()
+        if is_closed:
+            stream.close()
     return "".join(choice["delta"].get("content") or "" for c in chunks for choice in c["choices"])
 
 
@@ -449,6 +453,17 @@ async def test_an_answer_without_end_is_a_timeout(connect: Connect, backend: Bac
     endless = Script(itertools.repeat(chunk(content="on ")))
     with pytest.raises(UpstreamTimeout, match="ran for"):
         await said_by(backend, connect, endless, total_timeout_s=TINY_S)
+
+
+async def test_a_stream_that_was_read_to_its_end_has_no_place_any_more(connect: Connect, backend: Backend) -> None:
+    backend.script(streamed("Hi"), plain())
+    upstream = connect(backend.url, max_in_flight=1, max_waiting=0)
+    stream = await upstream.stream(BODY)
+    with pytest.raises(UpstreamBusy):
+        await upstream.complete(BODY)
+    assert await said_without_usage(stream, is_closed=False) == "Hi"
+    assert await upstream.complete(BODY)
+    stream.close()
 
 
 async def test_closing_lets_go_of_a_silent_backend(connect: Connect, backend: Backend) -> None:
@@ -933,7 +948,7 @@ async def test_vllm_is_asked_at_its_tokenizer(connect: Connect) -> None:
 async def test_a_tokenizer_is_asked_with_the_clients_key(connect: Connect) -> None:
     with Answers() as http:
         http.post(TOKENIZE, payload={"count": 4})
-        await connect(dialect="vllm", api_key="ours").count_tokens(BODY, "theirs")
+        await connect(dialect="vllm", api_key="ours").count_tokens(BODY, {"Authorization": "Bearer theirs"})
         (call,) = http.requests[("POST", URL(TOKENIZE))]
         assert call.kwargs["headers"]["Authorization"] == "Bearer theirs"
 

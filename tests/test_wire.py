@@ -12,9 +12,9 @@ from event_grammar import check, parse, relay, without_ids
 from scripted import Backend, Script
 from wire_reader import Transcript, transcript, transcripts
 
-from errors import UpstreamError
 from refusals import raise_if_error, refusal
 from sse import SSEDecoder
+from upstream_errors import UpstreamError
 
 Json = dict[str, Any]
 ALL = transcripts()

@@ -33,7 +33,7 @@ WIRE = {
     "http": ("supports_websockets = false", "POST /v1/responses HTTP/1.1"),
     "websocket": ("supports_websockets = true", "GET /v1/responses HTTP/1.1"),
 }
-TRANSPORTS = ("http",)
+TRANSPORTS = ("http", "websocket")
 # Names for which Codex offers: commands and namespaces; apply_patch and tool_search; code that calls tools.
 UNKNOWN, KNOWN, CODING = "m", "gpt-5.5", "gpt-6.1-sol"
 DEMO = mcp_server("demo", Path(__file__).parent / "mcp_add.py")

@@ -9,8 +9,8 @@ from event_grammar import USAGE, check, delta, machine, message, output, parse, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UpstreamBroken
 from tools import ToolRef
+from upstream_errors import UpstreamBroken
 
 Json = dict[str, Any]
 

@@ -1,0 +1,144 @@
+"""Where the program listens: a port or a unix socket; how large the head of a request may be; and what is said of it.
+
+May not know routes. Source: unix(7); RFC 6585 on 431; httptools, which gives a header only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from settings import ServerSettings, SettingsError
+
+log = logging.getLogger("responses_proxy.listening")
+
+BACKLOG = 2048
+CONNECT_S = 1.0
+# The request line and all headers.
+HEAD_BYTES = 64 * 1024
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+# -- unix sockets ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unix_listener(path: str, mode: int) -> Iterator[socket.socket]:
+    """Listens on a file that nobody else listens on, and removes it at the end. Raises: SettingsError."""
+    _remove_stale(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        mask = os.umask(0o777 & ~mode)  # so that the file never has another mode, not even for a moment
+        try:
+            listener.bind(path)
+        except OSError as error:
+            raise SettingsError(f"server.unix_socket: {path}: {error.strerror or error}") from error
+        finally:
+            os.umask(mask)
+        own = _identity(path)
+        listener.listen(BACKLOG)
+        try:
+            yield listener
+        finally:
+            if _identity(path) == own:  # else another process has put its own there
+                os.unlink(path)
+
+
+def _remove_stale(path: str) -> None:
+    """What a killed process left; nothing else. Raises: SettingsError."""
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return
+    if not is_socket:
+        raise SettingsError(f"server.unix_socket: {path} is there already, and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(CONNECT_S)
+        try:
+            client.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError as error:
+            raise SettingsError(f"server.unix_socket: {path}: {error.strerror or error}") from error
+        else:
+            raise SettingsError(f"server.unix_socket: {path}: another process listens there")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+class HeadLimit(HttpToolsProtocol):
+    """Refuses a head that is too large, before it is kept; the server itself has no limit with this parser."""
+
+    _is_in_head = True
+    _is_too_large = False
+    # What came since the read in which the head began, that read included; and how much came in this read.
+    _came_bytes = 0
+    _read_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._read_bytes = len(data)
+        self._came_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._came_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self._refuse()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        self._came_bytes = self._read_bytes
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        if self._came_bytes > HEAD_BYTES and self._head_bytes() > HEAD_BYTES:
+            self._is_too_large = True
+            raise ValueError(
+                "the head of a request is too large"
+            )  # ends the parser, which asks for `send_400_response`
+        super().on_headers_complete()
+
+    def _head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def send_400_response(self, msg: str) -> None:
+        if self._is_too_large:
+            self._refuse()
+        else:
+            super().send_400_response(msg)
+
+    def _refuse(self) -> None:
+        log.warning("the head of a request has more than %d bytes", HEAD_BYTES)
+        self.transport.write(TOO_LARGE)
+        self.transport.close()
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def tell_where(settings: ServerSettings, auth_mode: str, addresses: Iterable[Any]) -> None:
+    """One line for each address, and a warning where strangers may come."""
+    if settings.unix_socket:
+        log.info(
+            "listening on the unix socket %s (mode %s); server.host and server.port are not used",
+            *(settings.unix_socket, settings.unix_socket_mode),
+        )
+        return
+    for host, port, *_ in addresses:
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        if auth_mode == "none" and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            log.warning("auth.mode is 'none': whoever reaches %s sees and changes everything", host)

@@ -1,0 +1,687 @@
+"""WebSockets on real sockets: what is said and refused, lanes, what a connection remembers, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from conftest import App, StartApp, listening_socket, settings_of
+from event_grammar import check
+from openai.types.responses import ResponseSteerFailedEvent
+from openai.types.responses.responses_server_event import ResponseWsError
+from scripted import DEADLINE_S, END, Backend, Script, chunk, refused, streamed
+from socket_client import PATH, Json, Socket, connected
+
+from auth import new_key
+from proxy import server_config
+from stream_lanes import AT_ONCE, NAMED_LANES
+
+HASTY = {"created_after_ms": 1}
+PATIENT = {"created_after_ms": 60_000}
+STORED = {"store": True}
+
+
+@pytest.fixture
+async def client(app: App) -> AsyncIterator[Socket]:
+    async with connected(app) as client:
+        yield client
+
+
+def held(*texts: str) -> tuple[Script, asyncio.Event]:
+    """An answer that stands still before its end."""
+    goes_on = asyncio.Event()
+    return Script(
+        [chunk(role="assistant", content=""), *(chunk(content=text) for text in texts), goes_on, *END]
+    ), goes_on
+
+
+def said_to(backend: Backend) -> list[list[str]]:
+    """What the backend was asked: the texts of each request's messages."""
+    return [[message["content"] for message in request.body["messages"]] for request in backend.requests]
+
+
+def text_of(response: Json) -> str:
+    return str(response["output"][-1]["content"][0]["text"])
+
+
+# -- responses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [PATH, "/responses"])
+async def test_the_events_are_those_of_a_stream(app: App, backend: Backend, path: str) -> None:
+    backend.script(streamed("Hel", "lo"))
+    async with connected(app, path) as client:
+        await client.create("Hi")
+        events = await client.events()
+    async with app.post({"model": "m", "input": "Hi", "store": False, "stream": True}) as answer:
+        streamed_events = [line for line in (await answer.text()).splitlines() if line.startswith("event: ")]
+    assert text_of(check(events)) == "Hello"
+    assert [f"event: {event['type']}" for event in events] == streamed_events
+    assert [event for event in events if "stream_id" in event] == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"stream": True}, {"stream_options": {"include_obfuscation": False}}, {"background": False}, {"generate": True}],
+)
+async def test_what_says_nothing_on_a_socket_is_tolerated(client: Socket, fields: Json) -> None:
+    await client.create("Hi", **fields)
+    first, *events = await client.events()
+    check([first, *events])
+    assert "x-responses-proxy-ignored" not in first
+
+
+async def test_what_is_left_out_is_named_on_the_first_event_and_only_there(
+    client: Socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await client.create("Hi", stream=False, **{"a\nb": 1})
+    first, *events = await client.events()
+    assert (first["type"], first["x-responses-proxy-ignored"]) == ("response.created", "a?b, stream")
+    assert [event for event in events if "x-responses-proxy-ignored" in event] == []
+    assert "left out of req_" in caplog.text
+
+
+async def test_what_would_be_left_out_is_refused_where_the_settings_are_strict(start_app: StartApp) -> None:
+    async with connected(await start_app(turns={"strict": True})) as client:
+        await client.create("Hi", unheard_of=1)
+        assert (await client.refused())["param"] == "unheard_of"
+
+
+async def test_a_stored_response_can_be_retrieved(app: App, client: Socket) -> None:
+    response = await client.turn("Hi", **STORED)
+    async with app.http.get(f"{app.url}{PATH}/{response['id']}") as answer:
+        assert await answer.json() == response
+
+
+async def test_what_is_not_stored_cannot_be_retrieved(app: App, client: Socket) -> None:
+    response = await client.turn("Hi")
+    async with app.http.get(f"{app.url}{PATH}/{response['id']}") as answer:
+        assert answer.status == 404
+
+
+async def test_conversations_are_read_and_written(app: App, client: Socket, backend: Backend) -> None:
+    conversation = await app.openai.conversations.create(items=[{"role": "user", "content": "Earlier"}])
+    backend.script(streamed("Yes."))
+    await client.turn("Hi", conversation=conversation.id, **STORED)
+    response = await client.turn("Not kept", conversation=conversation.id)
+    await client.turn("And now?", previous_response_id=response["id"])
+    items = await app.openai.conversations.items.list(conversation.id, order="asc")
+    assert [item.content[0].text for item in items.data] == ["Earlier", "Hi", "Yes."]
+    assert said_to(backend)[2] == ["Earlier", "Hi", "Yes.", "Not kept", "Yes.", "And now?"]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+MALFORMED = ["", "{", "[1]", "null", '"text"', "[" * 100_000, '{"a":' + "[" * 100_000, '{"type": nope}']
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+async def test_a_message_that_is_no_event_is_refused_and_nothing_else(client: Socket, message: str) -> None:
+    await client.ws.send_str(message)
+    error = await client.refused()
+    assert (error["status"], error["type"]) == (400, "invalid_request_error")
+    await client.turn("Hi")
+
+
+async def test_a_binary_message_is_refused_and_nothing_else(client: Socket) -> None:
+    await client.ws.send_bytes(b'{"type": "response.create", "model": "m", "input": "Hi"}')
+    assert "binary" in (await client.refused())["message"]
+    await client.turn("Hi")
+
+
+@pytest.mark.parametrize("kind", [None, "response.cancel", 7, {"a": 1}])
+async def test_an_unknown_event_is_refused_by_its_type(client: Socket, kind: Any) -> None:
+    await client.ws.send_json({"type": kind, "stream_id": "a"})
+    error = await client.refused("a")
+    assert (error["status"], error["code"], error["param"]) == (400, "invalid_value", "type")
+
+
+BAD = [
+    {"input": None},
+    {"max_output_tokens": 3},
+    {"tools": [{"type": "function", "function": {"name": "a"}}]},
+    {"previous_response_id": "resp_nobody"},
+    {"previous_response_id": "x"},
+    {"metadata": [[[[[[]]]]]]},
+    {"input": [{"type": "item_reference", "id": "msg_1"}]},
+]
+
+
+@pytest.mark.parametrize("fields", BAD)
+async def test_a_request_is_refused_with_the_error_of_http(app: App, client: Socket, fields: Json) -> None:
+    body = {"model": "m", "input": "Hi", "store": False, **fields}
+    async with app.post(body) as answer:
+        expected = {"status": answer.status, **(await answer.json())["error"]}
+    await client.ws.send_json({"type": "response.create", **body})
+    assert await client.refused() == expected
+    await client.turn("Hi")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"background": True}, "background"), ({"generate": "no"}, "generate"), ({"generate": 0}, "generate")],
+)
+async def test_what_a_socket_cannot_do_is_refused(client: Socket, fields: Json, param: str) -> None:
+    await client.create("Hi", **fields)
+    error = await client.refused()
+    assert (error["status"], error["param"]) == (400, param)
+
+
+async def test_a_refusal_of_the_backend_keeps_its_status_and_its_patience(
+    start_app: StartApp, backend: Backend
+) -> None:
+    backend.script(refused(429, "Later.", {"retry-after": "7"}), streamed("Now."))
+    async with connected(await start_app(turns=PATIENT)) as client:
+        await client.create("Hi", stream_id="a")
+        event = await client.hear("a")
+        assert (event["status"], event["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert event["error"]["headers"] == {"retry-after": "7"}
+        ResponseWsError.model_validate(event)
+        await client.turn("Again", lane="a")
+
+
+async def test_a_failure_after_the_first_event_is_a_failed_response(start_app: StartApp, backend: Backend) -> None:
+    goes_on = asyncio.Event()
+    backend.script(Script(refused(500, "broken").steps, 500, before=goes_on), streamed("Fine."))
+    async with connected(await start_app(turns=HASTY)) as client:
+        await client.create("Hi")
+        created = await client.hear()
+        goes_on.set()
+        events = [created, *await client.events()]
+        assert [event["type"] for event in events] == [
+            f"response.{kind}" for kind in ("created", "in_progress", "failed")
+        ]
+        assert (await client.turn("Again"))["status"] == "completed"
+
+
+async def test_a_fault_of_the_program_ends_one_response_only(
+    client: Socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sockets.parse_create", lambda *given: 1 / 0)
+        await client.create("Hi")
+        error = await client.refused()
+    assert (error["status"], "req_" in error["message"]) == (500, True)
+    assert "ZeroDivisionError" in caplog.text
+    await client.turn("Hi")
+
+
+async def test_a_message_that_is_too_large_closes_the_connection(start_app: StartApp) -> None:
+    async with connected(await start_app(limits={"body_bytes": 10_000})) as client:
+        await client.turn("x" * 9_000)
+        await client.create("x" * 10_000)
+        assert await client.closed() == 1009
+
+
+# -- warm-ups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"generate": False}, {"generate": True, "prompt_cache_options": {"prewarm": True}}])
+@pytest.mark.parametrize("store", [False, True])
+async def test_a_warm_up_asks_no_backend_and_can_be_continued(
+    client: Socket, backend: Backend, how: Json, store: bool
+) -> None:
+    await client.create([{"role": "developer", "content": "Be brief."}], store=store, **how)
+    events = await client.events()
+    warm = check(events)
+    assert [event["type"] for event in events] == [
+        f"response.{kind}" for kind in ("created", "in_progress", "completed")
+    ]
+    assert (warm["output"], warm["usage"]["total_tokens"]) == ([], 0)
+    assert backend.requests == []
+    await client.turn("Hi", previous_response_id=warm["id"], store=store)
+    assert said_to(backend) == [["Be brief.", "Hi"]]
+
+
+async def test_a_stored_warm_up_is_kept_like_any_response(app: App, client: Socket) -> None:
+    warm = await client.turn("Hi", generate=False, **STORED)
+    async with app.http.get(f"{app.url}{PATH}/{warm['id']}") as answer:
+        assert await answer.json() == warm
+
+
+async def test_a_warm_up_needs_no_input(client: Socket, backend: Backend) -> None:
+    warm = await client.turn([], generate=False)
+    await client.turn("Hi", previous_response_id=warm["id"])
+    assert said_to(backend) == [["Hi"]]
+
+
+@pytest.mark.parametrize(
+    "said", [[{"type": "compaction_trigger"}], [{"type": "message", "role": "user", "content": 7}]]
+)
+async def test_a_warm_up_is_checked_like_any_request(client: Socket, said: Any) -> None:
+    await client.create(said, generate=False)
+    assert (await client.refused())["status"] == 400
+
+
+# -- lanes -------------------------------------------------------------------------------------------------------------
+
+
+async def test_lanes_run_side_by_side_and_each_in_order(client: Socket, backend: Backend) -> None:
+    slow, goes_on = held("slow")
+    backend.script(slow, streamed("fast"), streamed("last"))
+    await client.create("First", stream_id="a")
+    await client.until("response.output_text.delta", "a")
+    await client.create("Second", stream_id="a")
+    assert text_of(await client.turn("Other", lane="b")) == "fast"
+    goes_on.set()
+    await client.until("response.completed", "a")
+    assert text_of(await client.ended("a")) == "last"
+    assert said_to(backend) == [["First"], ["Other"], ["Second"]]
+
+
+async def test_every_event_of_a_named_lane_names_it(client: Socket) -> None:
+    await client.create("Hi", stream_id="A-1_.")
+    events = await client.events("A-1_.")
+    assert {event["stream_id"] for event in events} == {"A-1_."}
+
+
+async def test_null_names_the_lane_without_a_name(client: Socket) -> None:
+    await client.ws.send_json({"type": "response.create", "model": "m", "input": "Hi", "stream_id": None})
+    await client.ended()
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, "a b", 7])
+async def test_a_bad_lane_is_refused_without_a_lane(client: Socket, name: Any) -> None:
+    await client.create("Hi", stream_id=name)
+    error = await client.refused()
+    assert (error["status"], error["code"], error["param"]) == (400, "invalid_stream_id", "stream_id")
+
+
+async def test_the_33rd_named_lane_is_refused_and_the_others_live(client: Socket) -> None:
+    for number in range(NAMED_LANES):
+        await client.create("Hi", stream_id=f"lane-{number}", generate=False)
+    await client.create("Hi", stream_id="one-more")
+    assert (await client.refused("one-more"))["code"] == "websocket_stream_limit_reached"
+    for number in range(NAMED_LANES):
+        await client.ended(f"lane-{number}")
+    await client.turn("Hi", generate=False)
+
+
+async def test_the_17th_response_waits_until_another_has_ended(client: Socket, backend: Backend) -> None:
+    slow, goes_on = held("slow")
+    backend.script(*[slow] * AT_ONCE, streamed("after"))
+    for number in range(AT_ONCE):
+        await client.create("Hi", stream_id=f"lane-{number}")
+        await client.until("response.output_text.delta", f"lane-{number}")
+    await client.create("Hi")
+    await client.ws.send_str("{")
+    assert (await client.refused())["code"] == "invalid_json"  # which comes before the first event of the 17th
+    assert len(backend.requests) == AT_ONCE
+    goes_on.set()
+    assert text_of(await client.ended()) == "after"
+
+
+@pytest.mark.parametrize("settings", [{"websocket": {"queued": 1}}, {"limits": {"body_bytes": 300}}])
+async def test_too_much_that_waits_is_a_429(start_app: StartApp, backend: Backend, settings: Any) -> None:
+    slow, goes_on = held("slow")
+    backend.script(slow, streamed("after"))
+    async with connected(await start_app(**settings)) as client:
+        await client.create("Hi")
+        await client.until("response.output_text.delta")
+        await client.create("x" * 100)
+        await client.create("x" * 100)
+        error = await client.refused()
+        assert (error["status"], error["type"], error["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+        goes_on.set()
+        await client.until("response.completed")
+        assert text_of(await client.ended()) == "after"
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_response_that_is_not_stored_can_be_continued_here(app: App, client: Socket, backend: Backend) -> None:
+    backend.script(streamed("one"), streamed("two"), streamed("three"))
+    first = await client.turn("A")
+    second = await client.turn("B", previous_response_id=first["id"])
+    third = await client.turn("C", previous_response_id=second["id"])
+    assert third["previous_response_id"] == second["id"]
+    assert said_to(backend)[-1] == ["A", "one", "B", "two", "C"]
+    async with connected(app) as other:
+        await other.not_found(third)
+
+
+async def test_only_the_latest_response_of_a_lane_is_remembered(client: Socket) -> None:
+    first = await client.turn("A")
+    second = await client.turn("B", previous_response_id=first["id"])
+    await client.not_found(first)
+    await client.turn("C", previous_response_id=second["id"])
+
+
+async def test_what_is_stored_can_always_be_continued(app: App, client: Socket, backend: Backend) -> None:
+    first = await client.turn("A", **STORED)
+    await client.turn("B", **STORED)
+    await client.turn("C", previous_response_id=first["id"])
+    async with connected(app) as other:
+        await other.turn("D", previous_response_id=first["id"])
+    assert [texts[0] for texts in said_to(backend)[2:]] == ["A", "A"]
+
+
+async def test_a_stored_response_takes_the_place_of_one_that_is_not(client: Socket) -> None:
+    first = await client.turn("A")
+    await client.turn("B", previous_response_id=first["id"], **STORED)
+    await client.not_found(first)
+
+
+async def test_a_stored_response_that_was_deleted_is_gone_here_too(app: App, client: Socket) -> None:
+    response = await client.turn("A", **STORED)
+    await app.openai.responses.delete(response["id"])
+    await client.not_found(response)
+
+
+async def test_a_stored_response_keeps_all_that_it_continues(app: App, client: Socket, backend: Backend) -> None:
+    backend.script(streamed("one"), streamed("two"), streamed("three"), streamed("four"))
+    first = await client.turn("A", **STORED)
+    second = await client.turn("B", previous_response_id=first["id"])
+    third = await client.turn("C", previous_response_id=second["id"], **STORED)
+    await client.turn("D", previous_response_id=third["id"], **STORED)
+    assert said_to(backend)[-1] == ["A", "one", "B", "two", "C", "three", "D"]
+    async with app.http.get(f"{app.url}{PATH}/{third['id']}") as answer:
+        kept = await answer.json()
+    assert kept == {**third, "previous_response_id": None}
+    async with app.http.get(f"{app.url}{PATH}/{third['id']}/input_items?order=asc") as answer:
+        items = (await answer.json())["data"]
+    assert [item["content"][0]["text"] for item in items] == ["A", "one", "B", "two", "C"]
+
+
+async def test_a_new_chain_may_begin_in_a_lane_with_a_past(client: Socket, backend: Backend) -> None:
+    first = await client.turn("A")
+    await client.turn("B")
+    await client.not_found(first)
+    assert said_to(backend) == [["A"], ["B"]]
+
+
+async def test_a_lane_may_fork_from_another_which_goes_on(client: Socket, backend: Backend) -> None:
+    backend.script(streamed("one"), streamed("two"), streamed("three"))
+    first = await client.turn("A", lane="a")
+    await client.turn("B", lane="b", previous_response_id=first["id"])
+    await client.turn("C", lane="a", previous_response_id=first["id"])
+    assert said_to(backend)[1:] == [["A", "one", "B"], ["A", "one", "C"]]
+
+
+@pytest.mark.parametrize("fields", [{"max_output_tokens": 3}, {"input": [{"type": "unheard_of"}]}, {"generate": "no"}])
+async def test_a_refused_continuation_forgets_what_it_would_continue(client: Socket, fields: Json) -> None:
+    first = await client.turn("A", lane="a")
+    await client.create("B", stream_id="a", previous_response_id=first["id"], **fields)
+    await client.refused("a")
+    await client.not_found(first, "a")
+
+
+async def test_a_failed_continuation_forgets_what_it_continued(start_app: StartApp, backend: Backend) -> None:
+    backend.script(streamed("one"), Script([chunk(content="tw")], end="cut"), streamed("three"))
+    async with connected(await start_app()) as client:
+        first = await client.turn("A")
+        assert (await client.turn("B", previous_response_id=first["id"]))["status"] == "failed"
+        await client.not_found(first)
+
+
+async def test_a_refusal_in_another_lane_forgets_nothing(client: Socket) -> None:
+    first = await client.turn("A", lane="a")
+    await client.create("B", stream_id="b", previous_response_id=first["id"], max_output_tokens=3)
+    await client.refused("b")
+    await client.turn("C", lane="a", previous_response_id=first["id"])
+
+
+async def test_a_refusal_forgets_no_stored_response(client: Socket) -> None:
+    first = await client.turn("A", **STORED)
+    await client.create("B", previous_response_id=first["id"], max_output_tokens=3)
+    await client.refused()
+    await client.turn("C", previous_response_id=first["id"])
+
+
+async def test_a_response_that_was_cut_short_can_be_continued(client: Socket, backend: Backend) -> None:
+    backend.script(Script([chunk(content="one"), chunk("length"), *END[1:]]), streamed("two"))
+    first = await client.turn("A")
+    await client.turn("B", previous_response_id=first["id"])
+    assert (first["status"], said_to(backend)[-1]) == ("incomplete", ["A", "one", "B"])
+
+
+async def test_beyond_its_memory_a_connection_forgets_the_lane_that_was_used_longest_ago(start_app: StartApp) -> None:
+    async with connected(await start_app(websocket={"memory_bytes": 5_000})) as client:
+        first = {lane: await client.turn("x" * 2_000, lane=lane) for lane in "ab"}
+        again = await client.turn("y", lane="c", previous_response_id=first["a"]["id"])
+        await client.not_found(first["b"], "b")
+        await client.turn("y", lane="c", previous_response_id=again["id"])
+
+
+async def test_what_is_larger_than_the_memory_is_not_remembered(start_app: StartApp) -> None:
+    async with connected(await start_app(websocket={"memory_bytes": 1_000})) as client:
+        await client.not_found(await client.turn("x" * 2_000))
+
+
+async def test_an_item_that_stands_in_the_chain_already_is_refused(client: Socket) -> None:
+    first = await client.turn("A")
+    await client.create(first["output"], previous_response_id=first["id"])
+    assert "Duplicate item" in (await client.refused())["message"]
+
+
+async def test_reasoning_goes_back_to_a_backend_that_wants_it(start_app: StartApp, backend: Backend) -> None:
+    backend.script(Script([chunk(reasoning_content="Hm."), chunk(content="one"), *END]))
+    async with connected(await start_app(upstream={"dialect": "deepseek"})) as client:
+        first = await client.turn("A")
+        await client.turn("B", previous_response_id=first["id"])
+    assert backend.requests[-1].body["messages"][1]["reasoning_content"] == "Hm."
+
+
+async def test_a_call_is_answered_by_the_next_turn(client: Socket, backend: Backend) -> None:
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    backend.script(Script([chunk(tool_calls=[call]), chunk("tool_calls"), *END[1:]]), streamed("Seen."))
+    first = await client.turn("A", tools=[{"type": "function", "name": "look"}])
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "a tree"}
+    await client.turn([output], previous_response_id=first["id"])
+    assert [message["role"] for message in backend.requests[-1].body["messages"]] == ["user", "assistant", "tool"]
+
+
+# -- steering ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["Faster!", [{"type": "message", "role": "user", "content": "Faster!"}]])
+async def test_steering_is_refused_and_its_input_given_back(client: Socket, given: Any) -> None:
+    await client.ws.send_json({"type": "response.steer", "previous_response_id": "resp_1", "input": given})
+    event = await client.hear()
+    ResponseSteerFailedEvent.model_validate(event)
+    assert event["steer"] == {"input": given, "previous_response_id": "resp_1"}
+    assert (event["error"]["code"], "stream_id" in event) == ("steering_not_supported", False)
+
+
+async def test_steering_that_is_malformed_is_refused_as_such(client: Socket) -> None:
+    await client.ws.send_json({"type": "response.steer", "input": 7})
+    event = await client.hear()
+    ResponseSteerFailedEvent.model_validate(event)
+    assert event["error"]["code"] == "invalid_input"
+
+
+# -- how it begins -----------------------------------------------------------------------------------------------------
+
+
+async def handshake_refused(app: App, path: str = PATH, **options: Any) -> aiohttp.WSServerHandshakeError:
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await app.http.ws_connect(app.url + path, **options)
+    assert caught.value.headers
+    assert caught.value.headers["x-request-id"]
+    assert caught.value.headers["content-type"] == "application/json"
+    return caught.value
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer nobody"}])
+async def test_an_upgrade_without_a_key_is_a_401(start_app: StartApp, headers: dict[str, str]) -> None:
+    app = await start_app(auth={"mode": "keys", "keys": {"me": new_key()[1]}})
+    assert (await handshake_refused(app, headers=headers)).status == 401
+
+
+async def test_what_a_connection_stores_is_its_owners(start_app: StartApp) -> None:
+    mine, theirs = new_key(), new_key()
+    app = await start_app(auth={"mode": "keys", "keys": {"me": mine[1], "they": theirs[1]}})
+    bearers = [{"Authorization": f"Bearer {key}"} for key, _ in (mine, theirs)]
+    async with connected(app, headers=bearers[0]) as me, connected(app, headers=bearers[1]) as they:
+        response = await me.turn("A", **STORED)
+        await they.not_found(response)
+        await me.turn("B", previous_response_id=response["id"])
+
+
+async def test_the_key_that_is_passed_on_is_that_of_the_upgrade(start_app: StartApp, backend: Backend) -> None:
+    app = await start_app(auth={"mode": "passthrough"})
+    async with connected(app, headers={"Authorization": "Bearer mine"}) as client:
+        await client.turn("Hi")
+    assert backend.requests[-1].headers["authorization"] == "Bearer mine"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat", "/healthz", "/v1/responses/resp_1"])
+async def test_an_upgrade_of_another_path_is_a_404(app: App, path: str) -> None:
+    assert (await handshake_refused(app, path)).status == 404
+
+
+@pytest.mark.parametrize("path", [PATH, "/responses"])
+async def test_an_upgrade_is_a_426_where_websockets_are_switched_off(start_app: StartApp, path: str) -> None:
+    app = await start_app(websocket={"enabled": False})
+    assert (await handshake_refused(app, path)).status == 426
+
+
+async def test_a_client_may_name_its_upgrade(app: App) -> None:
+    async with app.http.ws_connect(app.url + PATH, headers={"x-request-id": "mine"}) as ws:
+        assert ws._response.headers["x-request-id"] == "mine"
+
+
+async def test_nothing_is_deflated(app: App) -> None:
+    async with connected(app, compress=15) as client:
+        assert client.ws.compress == 0
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_connection_is_told_when_its_life_is_over(start_app: StartApp) -> None:
+    async with connected(await start_app(websocket={"life_s": 0.05})) as client:
+        error = await client.refused()
+        assert (error["status"], error["code"]) == (400, "websocket_connection_limit_reached")
+        assert await client.closed() == 1001
+
+
+async def test_what_runs_when_the_life_is_over_is_finished_and_nothing_else(
+    start_app: StartApp, backend: Backend
+) -> None:
+    slow, goes_on = held("slow")
+    backend.script(slow)
+    async with connected(await start_app(websocket={"life_s": 1.0})) as client:
+        await client.create("Hi", stream_id="a")
+        await client.until("response.output_text.delta", "a")
+        await client.create("waits", stream_id="a")
+        assert (await client.refused("a"))["code"] == "websocket_connection_limit_reached"
+        await client.create("too late", stream_id="b")
+        assert (await client.refused("b"))["code"] == "websocket_connection_limit_reached"
+        goes_on.set()
+        await client.until("response.completed", "a")
+        assert (await client.refused())["code"] == "websocket_connection_limit_reached"
+        assert await client.closed() == 1001
+    assert len(backend.requests) == 1
+
+
+@contextlib.asynccontextmanager
+async def stoppable(backend: Backend, **sections: Any) -> AsyncIterator[tuple[uvicorn.Server, Socket]]:
+    """A server that a test stops, and a client of it."""
+    listener = listening_socket()
+    config = server_config(settings_of(backend.url, **sections))
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listener])
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with aiohttp.ClientSession() as http, http.ws_connect(url + PATH, autoclose=False) as ws:
+        yield server, Socket(ws)
+
+
+async def test_a_server_that_stops_finishes_what_runs(backend: Backend) -> None:
+    slow, goes_on = held("slow")
+    backend.script(slow)
+    async with stoppable(backend) as (server, client):
+        await client.create("Hi")
+        await client.until("response.output_text.delta")
+        await client.create("waits")
+        stopping = asyncio.create_task(server.shutdown())
+        assert (await client.refused())["status"] == 500
+        goes_on.set()
+        await client.until("response.completed")
+        assert await client.closed() == 1012
+        await stopping
+
+
+async def test_a_server_that_stops_closes_idle_connections_at_once(backend: Backend) -> None:
+    async with stoppable(backend) as (server, client):
+        stopping = asyncio.create_task(server.shutdown())
+        assert await client.closed() == 1012
+        await stopping
+
+
+async def test_what_takes_longer_than_the_grace_has_failed(backend: Backend) -> None:
+    backend.script(held("slow")[0])
+    async with stoppable(backend, server={"shutdown_grace_s": 0.0}) as (server, client):
+        for lane in ("a", "b"):
+            await client.create("Hi", stream_id=lane)
+            await client.until("response.output_text.delta", lane)
+        stopping = asyncio.create_task(server.shutdown())
+        for lane in ("a", "b"):
+            response = (await client.until("response.failed", lane))["response"]
+            assert "stopped" in response["error"]["message"]
+        assert await client.closed() == 1012
+        await stopping
+
+
+@pytest.mark.parametrize("leaves", ["closes", "drops"])
+async def test_a_client_that_leaves_stops_all_its_turns(app: App, backend: Backend, leaves: str) -> None:
+    backend.script(held("slow")[0])
+    async with connected(app) as client:
+        for lane in ("a", "b"):
+            await client.create("Hi", stream_id=lane)
+            await client.until("response.output_text.delta", lane)
+        if leaves == "drops":
+            transport = client.ws.get_extra_info("socket")
+            transport.shutdown(socket.SHUT_RDWR)
+        else:
+            await client.ws.close()
+        for request in backend.requests:
+            assert await request.is_let_go()
+
+
+async def test_a_client_that_answers_no_ping_is_cut_off(start_app: StartApp) -> None:
+    app = await start_app(websocket={"ping_s": 0.02, "ping_timeout_s": 0.02})
+    async with connected(app, autoping=False) as client:
+        assert (await client.ws.receive()).type is aiohttp.WSMsgType.PING
+        assert await client.closed() == 1011
+
+
+async def test_a_client_that_does_not_read_holds_the_backend_back(app: App, backend: Backend) -> None:
+    sent = 0
+    piece, pieces = chunk(content="x" * 60_000), 2_000
+
+    def steps() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(pieces):
+            sent += 1
+            yield piece
+
+    backend.script(Script(steps()))
+    host, port = app.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1000)
+    writer.write(f"GET {PATH} HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n".encode())
+    writer.write(b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    body = json.dumps({"type": "response.create", "model": "m", "input": "Hi", "store": False}).encode()
+    writer.write(b"\x81" + bytes([0x80 | len(body)]) + bytes(4) + body)
+    request = await backend.received()
+    before = -1
+    async with asyncio.timeout(DEADLINE_S):
+        while not sent or sent != before:
+            before = sent
+            await asyncio.sleep(0.3)
+    assert 0 < sent < pieces / 2
+    writer.transport.abort()
+    assert await request.is_let_go()
