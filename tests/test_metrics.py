@@ -49,6 +49,7 @@ NAMES = {
     "turn_seconds": "histogram",
     "first_output_seconds": "histogram",
     "upstream_requests": "counter",
+    "upstream_fallbacks": "counter",
     "upstream_retries": "counter",
     "upstream_errors": "counter",
     "tokens": "counter",
