@@ -28,7 +28,8 @@ from past import NO_WINDOW
 from refusals import LATER
 from request import TRIGGER, TurnRequest
 from sealing import Seals
-from streaming import ResponseStream, StreamPlan
+from stream_plan import StreamPlan
+from streaming import ResponseStream
 from summaries import FAILED, PROMPT, Answer, Question, Summariser, failed
 from upstream_errors import UpstreamError, WindowExceeded
 from verbs import ItemIds

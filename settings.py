@@ -29,7 +29,7 @@ from request import RequestLimits
 from sealing import SealingSettings
 from sockets import WebSocketSettings
 from store import StoreSettings
-from streaming import ReasoningSettings
+from stream_plan import ReasoningSettings
 from tracing import TracingSettings
 from turns import TurnSettings
 from upstream import UpstreamSettings, settings_for

@@ -8,11 +8,7 @@ Source: ResponseStreamEvent of the openai SDK 3.52; shapes of chat chunks: tests
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
-
-import msgspec
+from typing import Any
 
 from calls import Call, CallLine
 from chunks import (
@@ -31,40 +27,13 @@ from chunks import (
 )
 from errors import ProxyError
 from parts import OpenItem, empty_part, filled_part
+from stream_plan import StreamPlan
 from think import Think, ThinkTags
 from tools import CALL_ID_PREFIX, CALLS_WITHOUT_STATUS, ToolRef, call_item
 from upstream_errors import UpstreamBroken
 
 Json = dict[str, Any]
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ReasoningSettings:
-    """How reasoning text is shown to clients."""
-
-    expose: Literal["summary", "text", "none"] = "summary"
-
-
-class StreamPlan(msgspec.Struct, frozen=True):
-    """What the machine has to know of the request."""
-
-    refs: dict[str, ToolRef] = msgspec.field(default_factory=dict)
-    taken_call_ids: frozenset[str] = frozenset()
-    logprobs: bool = False
-    parallel: bool = True
-    expose: Literal["summary", "text", "none"] = "summary"
-    think: Think = "auto"
-    # Of a reasoning item: id, text and details -> `encrypted_content`. None: the client does not need it.
-    seal: Callable[[str, str, list[Json]], str] | None = None
-    # Whether nobody listens to events: a plain answer wants the response only.
-    silent: bool = False
-    # Of a stream that goes on where an earlier attempt stood: its response has been created before.
-    first_number: int = 0
-    # Of a response that is a compaction item and nothing else.
-    is_mere: bool = False
-    # Asked only when the backend gives no usage.
-    estimate_input_tokens: Callable[[], int] = int
 
 
 class ResponseStream:
@@ -92,12 +61,6 @@ class ResponseStream:
         self._compaction_usage: Json | None = None
         self._is_fed = False
         self._finish: str | None = None
-        self._handlers: tuple[tuple[str, Callable[[Any], None]], ...] = (
-            ("content", self._on_content),
-            ("refusal", partial(self._later, self._refuse)),
-            ("annotations", self._on_annotations),
-            ("tool_calls", self._on_tool_calls),
-        )
 
     @property
     def ended(self) -> bool:
@@ -223,9 +186,9 @@ class ResponseStream:
                 self._tags.never()
                 self._later(self._reason, value if isinstance(value, str) else details_text(value))
                 break
-        for key, handler in self._handlers:
+        for key, handler in HANDLERS:
             if value := delta.get(key):
-                handler(value)
+                handler(self, value)
         if self._logprobs and (self._calls.waiting or (self._item and self._item.kind == "reasoning")):
             self._logprobs = []  # of tokens that are no answer text
 
@@ -243,6 +206,9 @@ class ResponseStream:
     def _on_text(self, text: str) -> None:
         for is_reasoning, piece in self._tags.split(text):
             self._later(self._reason if is_reasoning else self._say, piece)
+
+    def _on_refusal(self, refusal: str) -> None:
+        self._later(self._refuse, refusal)
 
     def _on_annotations(self, annotations: list[Any]) -> None:
         for annotation in annotations:
@@ -497,3 +463,12 @@ class ResponseStream:
             return
         self._events.append({"type": kind, "sequence_number": self._sequence_number, **body})
         self._sequence_number += 1
+
+
+# Key of a delta -> what takes its value. No machine holds its own methods: cycles are work for the garbage collector.
+HANDLERS: tuple[tuple[str, Callable[[ResponseStream, Any], None]], ...] = (
+    ("content", ResponseStream._on_content),
+    ("refusal", ResponseStream._on_refusal),
+    ("annotations", ResponseStream._on_annotations),
+    ("tool_calls", ResponseStream._on_tool_calls),
+)

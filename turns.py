@@ -36,7 +36,8 @@ from request import TurnRequest
 from routing import Upstreams
 from sealing import Seals
 from sources import Sources
-from streaming import Event, Json, ReasoningSettings, ResponseStream, StreamPlan
+from stream_plan import ReasoningSettings, StreamPlan
+from streaming import Event, Json, ResponseStream
 from translation import check_items
 from upstream_errors import UpstreamError, WindowExceeded
 from verbs import ItemIds, NewTurn

@@ -31,7 +31,8 @@ from request import RequestLimits, echo, parse_request  # noqa: E402
 from run_verbs import NewRun, QueueLimits  # noqa: E402
 from sources import Ids  # noqa: E402
 from store import SQLiteStore, StoreSettings, open_store  # noqa: E402
-from streaming import ResponseStream, StreamPlan  # noqa: E402
+from stream_plan import StreamPlan  # noqa: E402
+from streaming import ResponseStream  # noqa: E402
 from verbs import ItemIds, NewTurn, Window  # noqa: E402
 
 DEPTHS = (10, 100, 1000)

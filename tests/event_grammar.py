@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from openai.types.responses import ResponseStreamEvent
 
-from streaming import Event, ResponseStream, StreamPlan
+from stream_plan import StreamPlan
+from streaming import Event, ResponseStream
 
 Json = dict[str, Any]
 UNION, *_ = get_args(ResponseStreamEvent)

@@ -47,7 +47,8 @@ from run_verbs import Held, NewRun, QueueLimits, RunStore
 from sealing import Seals
 from sources import Sources
 from store import SQLiteStore, StoreSettings, open_store
-from streaming import ReasoningSettings, ResponseStream
+from stream_plan import ReasoningSettings
+from streaming import ResponseStream
 from turns import Means, Turns, TurnSettings
 from upstream import UpstreamSettings
 from verbs import NewTurn

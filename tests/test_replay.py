@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay import replayed
-from streaming import ResponseStream, StreamPlan
+from stream_plan import StreamPlan
+from streaming import ResponseStream
 from tools import ToolRef
 from upstream_errors import UpstreamBroken
 

@@ -70,6 +70,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "routing": (2, 150, set()),
     "catalogue": (3, 150, set()),
     "readiness": (3, 150, set()),
+    "stream_plan": (3, 100, {"msgspec"}),
     "streaming": (3, 500, {"msgspec", "orjson"}),
     "translation": (3, 500, {"msgspec", "orjson"}),
     "remembered": (3, 150, set()),

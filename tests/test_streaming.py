@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import orjson
@@ -785,3 +787,20 @@ def test_chunks_are_not_changed() -> None:
     before = copy.deepcopy(chunks)
     relay(chunks)
     assert chunks == before
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_has_ended_leaves_nothing_to_the_garbage_collector() -> None:
+    stream = machine()
+    for chunk in (delta(content="Hi"), delta(content="!"), USAGE):
+        stream.feed(chunk)
+    stream.close()
+    held = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert held() is None
+    finally:
+        gc.enable()

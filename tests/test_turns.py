@@ -27,7 +27,7 @@ from run_verbs import RunStore
 from sealing import Seals
 from sources import Sources
 from store import StoreSettings, open_store
-from streaming import ReasoningSettings
+from stream_plan import ReasoningSettings
 from turns import Means, Turn, Turns, TurnSettings
 from upstream import UpstreamSettings
 from upstream_errors import UpstreamRefused
