@@ -76,6 +76,8 @@ class Renderer:
 
     async def way(self, model: str) -> Way:
         """To the backend that the model belongs to."""
+        if only := self._upstreams.only:
+            return Way(only, await only.dialect(), model, only)
         if not self._upstreams.names(model):
             await self._upstreams.known(model)
         upstream, name = self._upstreams.route(model)

@@ -156,6 +156,10 @@ def parse_body(body: bytes, limits: RequestLimits) -> Json:
     return value
 
 
+USED = frozenset(name for name, field in REQUEST_FIELDS.items() if field.fate != "left out")
+KNOWN_IN = {"reasoning": frozenset(Reasoning.__struct_fields__), "text": frozenset(Text.__struct_fields__)}
+
+
 def parse_request(body: Json, limits: RequestLimits, *, may_be_empty: bool = False) -> TurnRequest:
     """The validated request; `may_be_empty`: without anything for the model.
 
@@ -173,13 +177,13 @@ def parse_request(body: Json, limits: RequestLimits, *, may_be_empty: bool = Fal
 
 
 def _unused(body: Json) -> list[str]:
-    rows = ((name, REQUEST_FIELDS.get(name)) for name, value in body.items() if value is not None)
-    names = [name for name, row in rows if row is None or row.fate == "left out"]
-    for section, struct in (("reasoning", Reasoning), ("text", Text)):
-        inner = body.get(section)
-        if isinstance(inner, dict):
-            names += [f"{section}.{key}" for key in inner if key not in struct.__struct_fields__]
-    return sorted([*names, *_unused_in_entries(body.get("context_management"))])
+    names = [name for name, value in body.items() if name not in USED and value is not None]
+    for section, known in KNOWN_IN.items():
+        if section in body and isinstance(inner := body[section], dict):
+            names += [f"{section}.{key}" for key in inner if key not in known]
+    if "context_management" in body:
+        names += _unused_in_entries(body["context_management"])
+    return sorted(names)
 
 
 def _unused_in_entries(entries: Any) -> list[str]:

@@ -63,6 +63,9 @@ class Upstreams:
         self._all = tuple(Upstream(each, self._session, self._observer) for each in settings)
         self._routes = Routes(self._all)
         by_name = {upstream.settings.name: upstream for upstream in self._all}
+        # Where there is nothing to choose, nothing is looked up.
+        is_alone = len(self._all) == 1 and not self._all[0].settings.aliases
+        self.only = self._all[0] if is_alone else None
         self._fallbacks = {each: tuple(by_name[name] for name in each.settings.fallback) for each in self._all}
 
     def __iter__(self) -> Iterator[Upstream]:
