@@ -172,7 +172,7 @@ STATUSES: dict[int | str, str] = {
     409: "What it needs is being answered; try again.",
     413: "The body is larger than the settings allow.",
     426: "There is no WebSocket here; use HTTP.",
-    429: "More than the settings allow an owner, too many background responses wait, or the backend has too much to do.",
+    429: "More than the settings allow an owner; too many background responses wait; the backend has too much to do.",
     "4XX": "The backend refused it, with this status.",
     502: "The backend failed, cannot be reached, or answered with something else than chat completions.",
     503: "The store cannot be read or written just now, or the backend is overloaded.",
@@ -571,11 +571,11 @@ ABOUT = """\
 The Responses API in front of any chat-completions backend. The routes under `/v1` answer without the prefix, too.
 
 Any other path below `/v1/` goes through to a backend as it is, with any method: see [passthrough.md](passthrough.md).
-Below `/v1/responses` and `/v1/conversations`, and without the prefix, any other path is a 404 and any other method a 405
-with `Allow`, both with the body of every error. More than 64 KiB of request line and headers is a 431 without a body.
-What a request holds besides these schemas is left out and named in `x-responses-proxy-ignored`, or refused where they
-allow nothing besides. See [routes.md](routes.md), [state.md](state.md), [background.md](background.md) and
-[operations.md](operations.md)."""
+Below `/v1/responses` and `/v1/conversations`, and without the prefix, any other path is a 404 and any other method a
+405 with `Allow`, both with the body of every error. More than 64 KiB of request line and headers is a 431 without a
+body. What a request holds besides these schemas is left out and named in `x-responses-proxy-ignored`, or
+refused where they allow nothing besides. See [routes.md](routes.md), [state.md](state.md),
+[background.md](background.md) and [operations.md](operations.md)."""
 EVENTS = "Server-sent events: one terminal event, `response.completed`, `.incomplete` or `.failed`, and `[DONE]` last."
 
 

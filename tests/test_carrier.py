@@ -20,6 +20,7 @@ from conftest import App, llamacpp_server, no_task_is_left, running_app, setting
 from openai import AsyncOpenAI
 from raw_backend import RawBackend, Seen, framed, head, whole
 from scripted import DEADLINE_S, DONE, chunk
+from socket_client import handshake_refused
 from test_proxy import error_of
 from yarl import URL
 

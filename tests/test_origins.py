@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from conftest import App, StartApp
 from scripted import Backend, plain, streamed
-from socket_client import connected
+from socket_client import connected, handshake_refused
 from test_listening import Wire
 from test_owners import ALICE, AUTH, HI
 from test_proxy import error_of
-from test_sockets import handshake_refused
 
 from errors import ForeignOrigin
 from origins import Origins, is_loopback, origins_of
@@ -257,7 +256,11 @@ async def test_every_page_may_be_let_in(start_app: StartApp) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"origin": "https://evil.example"}, {"origin": "http://evil.example", "host": "evil.example"}, {"host": "evil.example"}],
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "http://evil.example", "host": "evil.example"},
+        {"host": "evil.example"},
+    ],
 )
 async def test_a_page_of_another_site_opens_no_websocket(app: App, headers: dict[str, str]) -> None:
     refusal = await handshake_refused(app, headers=headers)
