@@ -19,7 +19,7 @@ import orjson
 
 from answers import GOODBYE_S, ClientGone, Message, Receive, Scope, Send, stopped
 from auth import Caller, Owners
-from errors import InvalidRequest, NotFound, ProxyError, UnsupportedParameter
+from errors import InvalidRequest, NotFound, ProxyError, RateLimited, UnsupportedParameter
 from frames import Event
 from keeper import Asked
 from logs import REQUEST_ID, one_line
@@ -105,8 +105,12 @@ def parse_create(body: Json, limits: RequestLimits) -> Create:
 def error_event(error: ProxyError) -> Event:
     """Source: ResponseWsError."""
     event: Event = {"type": "error", "status": error.http_status, **error.to_wire()}
+    left = error.headers if isinstance(error, RateLimited) else []
+    headers = {name.decode(): value.decode() for name, value in left}
     if error.retry_after_s is not None:
-        event["error"]["headers"] = {"retry-after": str(math.ceil(error.retry_after_s))}
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if headers:
+        event["error"]["headers"] = headers
     return event
 
 

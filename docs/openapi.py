@@ -10,7 +10,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,14 @@ def object_of(required: Mapping[str, Json], optional: Mapping[str, Json] | None 
 TEXT: Json = {"type": "string"}
 NAME: Json = {"type": "string", "minLength": 1}
 OBJECT: Json = {"type": "object"}
+TEXTS: Json = {"type": "object", "additionalProperties": TEXT}
 LIST: Json = {"type": "array"}
 NULL: Json = {"type": "null"}
 EMPTY: Json = {"enum": [None, ""]}
 BOOLEAN: Json = {"type": "boolean"}
 COUNT: Json = {"type": "integer", "minimum": 0}
 AT: Json = {"type": "integer", "description": "Unix seconds"}
+DURATION: Json = {"type": "string", "pattern": "^([0-9]+ms|([0-9]+h)?([0-9]+m)?[0-9.]+s)$"}
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class Operation:
     """What a route takes and answers; `errors` beside those of every route that asks who is there."""
 
     id: str
-    answer: str  # the schema of a 200, or its media type where that is text
+    answer: str  # the schema of a 200, or its media type where that is text, or all there are
     errors: tuple[int | str, ...] = ()
     body: str | None = None
     query: type[msgspec.Struct] | None = None
@@ -94,11 +96,22 @@ class Operation:
     headers: tuple[str, ...] = ()  # of a 200
     request_headers: tuple[str, ...] = ()
     is_body_required: bool = True
+    # Status -> the schema of its answer, where that is no error's.
+    told: Mapping[int, str] = field(default_factory=dict)
 
 
 # Errors of the routes that ask a backend. `4XX`: what it refuses with a status of its own.
-TURN = (404, 409, 413, 429, "4XX", 502, 503, 504, 529)
-IGNORED, REPLAYED = "x-responses-proxy-ignored", "idempotent-replayed"
+ASKED = (429, "4XX", 502, 503, 504, 529)
+TURN = (404, 409, 413, *ASKED)
+IGNORED, REPLAYED, UPSTREAM = "x-responses-proxy-ignored", "idempotent-replayed", "x-responses-proxy-upstream"
+# What is left of the limits of the settings, where they limit requests or tokens a minute.
+LEFT = tuple(f"x-ratelimit-{key}-{name}" for name in ("requests", "tokens") for key in ("limit", "remaining", "reset"))
+
+
+def passed(name: str) -> Operation:
+    """A route whose body and answers are the backend's own; an error of the proxy has any status, too."""
+    return Operation(name, "*/*", ("default",), body="Anything", headers=LEFT)
+
 
 ROUTES: dict[tuple[str, str], Operation] = {
     ("POST", "/responses"): Operation(
@@ -107,10 +120,10 @@ ROUTES: dict[tuple[str, str], Operation] = {
         TURN,
         body="CreateResponse",
         is_streamed=True,
-        headers=(IGNORED, REPLAYED),
+        headers=(IGNORED, REPLAYED, UPSTREAM, *LEFT),
         request_headers=("idempotency-key",),
     ),
-    ("GET", "/responses"): Operation("listResponses", "ResponseList", (426, 503), query=ResponsesQuery),
+    ("GET", "/responses"): Operation("listResponses", "ResponseList", (101, 426, 503), query=ResponsesQuery),
     ("GET", "/responses/{id}"): Operation(
         "getResponse", "Response", (404, 503), query=RetrieveQuery, is_streamed=True, headers=(IGNORED,)
     ),
@@ -131,34 +144,50 @@ ROUTES: dict[tuple[str, str], Operation] = {
     ("GET", "/conversations/{id}/items"): Operation("listItems", "ItemList", (404, 503), query=ItemsQuery),
     ("GET", "/conversations/{id}/items/{item}"): Operation("getItem", "Item", (404, 503), query=ItemQuery),
     ("DELETE", "/conversations/{id}/items/{item}"): Operation("deleteItem", "Conversation", (404, 503)),
-    ("POST", "/responses/compact"): Operation("compact", "Compaction", TURN, body="Compact", headers=(IGNORED,)),
+    ("POST", "/responses/compact"): Operation("compact", "Compaction", TURN, body="Compact", headers=(IGNORED, *LEFT)),
     ("POST", "/responses/input_tokens"): Operation(
-        "countInputTokens", "InputTokens", TURN, body="CountInputTokens", headers=(IGNORED,)
+        "countInputTokens", "InputTokens", TURN, body="CountInputTokens", headers=(IGNORED, *LEFT)
     ),
+    ("GET", "/models"): Operation("listModels", "ModelList", ASKED),
+    ("GET", "/models/{id}"): Operation("getModel", "Model", (404, *ASKED)),
+    ("POST", "/chat/completions"): passed("createChatCompletion"),
+    ("POST", "/completions"): passed("createCompletion"),
+    ("POST", "/embeddings"): passed("createEmbedding"),
+    ("POST", "/rerank"): passed("rerank"),
 }
 # Routes without the prefix, which need no key.
 BARE_ROUTES: dict[tuple[str, str], Operation] = {
     ("GET", "/metrics"): Operation("metrics", "text/plain", (503,)),
+    ("GET", "/readyz"): Operation("ready", "Readiness", told={503: "Readiness"}),
     ("GET", "/healthz"): Operation("health", "Health"),
 }
-ASKING = (400, 401)
+ANY, ASKING = (403,), (400, 401)
 
 STATUSES: dict[int | str, str] = {
+    101: "A WebSocket, where the request asks for that upgrade: see [websocket.md](websocket.md).",
     400: "The request cannot be carried out as it stands; `param` is the path of what is wrong.",
     401: "No key, or one that is not known; where the settings ask for one.",
+    403: "A web page that is not named in `server.cors_origins`, or a name that is not known as the proxy's.",
     404: "No such object for this key.",
     409: "What it needs is being answered; try again.",
     413: "The body is larger than the settings allow.",
     426: "There is no WebSocket here; use HTTP.",
-    429: "Too many background responses wait, or the backend has too much to do.",
+    429: "More than the settings allow an owner; too many background responses wait; the backend has too much to do.",
     "4XX": "The backend refused it, with this status.",
     502: "The backend failed, cannot be reached, or answered with something else than chat completions.",
     503: "The store cannot be read or written just now, or the backend is overloaded.",
     504: "The backend took too long.",
     529: "The backend is overloaded.",
+    "default": "What the backend answers, or an error of the proxy: 400, 401, 403, 404, 413, 429, 502, 503 or 504.",
 }
-RETRIED = (409, 429, 503, 529)
+RETRIED = (409, 429, 503, 529, "default")
+LIMITED = (429, "default")
 
+LEFT_OF: dict[str, Json] = {
+    "limit": {"description": "How much an owner may have in a minute.", "schema": COUNT},
+    "remaining": {"description": "How much of that is left.", "schema": COUNT},
+    "reset": {"description": "How long until all of it is back: `12ms`, `1.5s`, `6m0s`.", "schema": DURATION},
+}
 HEADERS: dict[str, Json] = {
     "x-request-id": {
         "description": "The client's own, where it is fit for a header, else a fresh one.",
@@ -167,7 +196,9 @@ HEADERS: dict[str, Json] = {
     },
     IGNORED: {"description": "The names of what was left out of the request.", "schema": TEXT},
     REPLAYED: {"description": "The answer that an earlier request with the key was given.", "schema": enum("true")},
+    UPSTREAM: {"description": "The name of the backend that gave a plain answer.", "schema": TEXT},
     "retry-after": {"description": "Seconds", "schema": {"type": "integer", "minimum": 0}},
+    **{name: LEFT_OF[name.split("-")[2]] for name in LEFT},
 }
 REQUEST_HEADERS: dict[str, Json] = {
     "idempotency-key": {
@@ -433,7 +464,11 @@ def answer_schemas(request: Json) -> dict[str, Json]:
         "DeletedConversation": deleted("conversation.deleted"),
         "Compaction": object_of({**compaction, "output": array(ref("Item"), minItems=1), "usage": ref("Usage")}),
         "InputTokens": object_of({"object": {"const": "response.input_tokens"}, "input_tokens": COUNT}),
+        "Model": object_of({"id": TEXT}),
+        "ModelList": object_of({"object": {"const": "list"}, "data": array(ref("Model"))}),
         "Health": object_of({"status": {"const": "ok"}}),
+        "Readiness": object_of({"status": enum("ready", "not ready", "stopping"), "store": TEXT, "upstreams": TEXTS}),
+        "Anything": OBJECT | {"description": "The backend's own: it goes through as it is."},
         "Error": object_of({"error": object_of(error)}),
     }
 
@@ -464,8 +499,10 @@ def headers(*names: str) -> Json:
 
 
 def success(operation: Operation) -> Json:
-    if "/" in operation.answer:
-        content: Json = {operation.answer: {"schema": TEXT}}
+    if operation.answer == "*/*":
+        content: Json = {operation.answer: {}}
+    elif "/" in operation.answer:
+        content = {operation.answer: {"schema": TEXT}}
     else:
         content = {JSON: {"schema": ref(operation.answer)}}
     if operation.is_streamed:
@@ -485,16 +522,31 @@ def codes() -> dict[int | str, list[str]]:
     return found
 
 
-def failure(status: int | str) -> Json:
+def other(status: int | str) -> Json:
+    """What is no 200: an error of the proxy, and what else may come."""
     named = ", ".join(f"`{code}`" for code in codes().get(status, ()))
     text = STATUSES[status] + (f" Codes: {named} and others." if named else "")
-    told = headers("retry-after") if status in RETRIED else headers()
-    return {"description": text, "headers": told, "content": {JSON: {"schema": ref("Error")}}}
+    names = (*(("retry-after",) if status in RETRIED else ()), *(LEFT if status in LIMITED else ()))
+    found: Json = {"description": text, "headers": headers(*names)}
+    if status == 101:
+        return found
+    return found | {"content": {"*/*": {}} if status == "default" else {JSON: {"schema": ref("Error")}}}
+
+
+def not_now(schema: str) -> Json:
+    return {"description": "The body says why.", "headers": headers(), "content": {JSON: {"schema": ref(schema)}}}
+
+
+def others(operation: Operation, is_bare: bool) -> tuple[int | str, ...]:
+    """The statuses of a route beside 200."""
+    if "default" in operation.errors:
+        return operation.errors
+    return (*ANY, *(() if is_bare else ASKING), *operation.errors)
 
 
 def operation_object(path: str, operation: Operation, text: str, is_bare: bool) -> Json:
-    errors = operation.errors if is_bare else (*ASKING, *operation.errors)
-    answers = {str(status): {"$ref": f"#/components/responses/{status}"} for status in errors}
+    answers = {str(status): {"$ref": f"#/components/responses/{status}"} for status in others(operation, is_bare)}
+    answers |= {str(status): not_now(schema) for status, schema in operation.told.items()}
     found: Json = {"operationId": operation.id, "description": text, "responses": {"200": success(operation)} | answers}
     if given := list(parameters(path, operation)):
         found["parameters"] = given
@@ -518,9 +570,12 @@ def paths() -> Json:
 ABOUT = """\
 The Responses API in front of any chat-completions backend. The routes under `/v1` answer without the prefix, too.
 
-Any other path is a 404, and any other method a 405 with `Allow`, both with the body of every error. What a request
-holds besides these schemas is left out and named in `x-responses-proxy-ignored`, or refused where they allow nothing
-besides. See [routes.md](routes.md), [state.md](state.md) and [background.md](background.md)."""
+Any other path below `/v1/` goes through to a backend as it is, with any method: see [passthrough.md](passthrough.md).
+Below `/v1/responses` and `/v1/conversations`, and without the prefix, any other path is a 404 and any other method a
+405 with `Allow`, both with the body of every error. More than 64 KiB of request line and headers is a 431 without a
+body. What a request holds besides these schemas is left out and named in `x-responses-proxy-ignored`, or
+refused where they allow nothing besides. See [routes.md](routes.md), [state.md](state.md),
+[background.md](background.md) and [operations.md](operations.md)."""
 EVENTS = "Server-sent events: one terminal event, `response.completed`, `.incomplete` or `.failed`, and `[DONE]` last."
 
 
@@ -542,7 +597,7 @@ def document() -> Json:
         "paths": paths(),
         "components": {
             "schemas": schemas,
-            "responses": {str(status): failure(status) for status in STATUSES},
+            "responses": {str(status): other(status) for status in STATUSES},
             "headers": HEADERS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },

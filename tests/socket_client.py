@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+import pytest
 from compacting import without_compacting
 from conftest import App
 from event_grammar import check
@@ -90,3 +91,12 @@ class Socket:
 async def connected(app: App, path: str = PATH, **options: Any) -> AsyncIterator[Socket]:
     async with app.http.ws_connect(app.url + path, **{"autoclose": False, **options}) as ws:
         yield Socket(ws)
+
+
+async def handshake_refused(app: App, path: str = PATH, **options: Any) -> aiohttp.WSServerHandshakeError:
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await app.http.ws_connect(app.url + path, **options)
+    assert caught.value.headers
+    assert caught.value.headers["x-request-id"]
+    assert caught.value.headers["content-type"] == "application/json"
+    return caught.value

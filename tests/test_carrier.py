@@ -20,6 +20,7 @@ from conftest import App, llamacpp_server, no_task_is_left, running_app, setting
 from openai import AsyncOpenAI
 from raw_backend import RawBackend, Seen, framed, head, whole
 from scripted import DEADLINE_S, DONE, chunk
+from socket_client import handshake_refused
 from test_proxy import error_of
 from yarl import URL
 
@@ -637,9 +638,10 @@ async def test_no_form_of_a_target_leads_to_another_host(raw: RawBackend, app: A
     assert raw.seen[-1].header("host") == raw.url.removeprefix("http://").removesuffix("/v1")
 
 
-async def test_a_websocket_is_answered_with_426(raw: RawBackend, app: App) -> None:
-    text = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
-    assert await status_of(app, text) == 426
+@pytest.mark.parametrize("is_enabled", [True, False])
+async def test_no_websocket_goes_through(raw: RawBackend, start: StartRaw, is_enabled: bool) -> None:
+    refusal = await handshake_refused(await start(websocket={"enabled": is_enabled}), "/v1/realtime")
+    assert refusal.status == 404
     assert [seen for seen in raw.seen if seen.target != "/v1/models"] == []
 
 

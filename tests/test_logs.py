@@ -125,7 +125,7 @@ async def test_it_names_templates_and_owners(start_app: StartApp, caplog: pytest
     key = {"authorization": f"Bearer {SECRET}"}
     async with app.http.get(f"{app.url}/v1/responses/resp_{SECRET}?include={SECRET}", headers=key):
         pass
-    async with app.http.get(f"{app.url}/{SECRET}"):
+    async with app.http.get(f"{app.url}/{SECRET}", headers=key):
         pass
     one, other = access_lines(caplog)
     assert one.pop("duration_ms") >= 0

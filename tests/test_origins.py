@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from conftest import App, StartApp
 from scripted import Backend, plain, streamed
+from socket_client import connected, handshake_refused
 from test_listening import Wire
 from test_owners import ALICE, AUTH, HI
-from test_proxy import asgi_call, error_of, lifespan_of, some_settings
+from test_proxy import error_of
 
 from errors import ForeignOrigin
 from origins import Origins, is_loopback, origins_of
-from proxy import Application
 from settings import ServerSettings
 
 CHAT = "https://chat.example"
@@ -254,24 +254,30 @@ async def test_every_page_may_be_let_in(start_app: StartApp) -> None:
 # -- WebSocket ---------------------------------------------------------------------------------------------------------
 
 
-def upgrade(origin: str, host: str = "127.0.0.1:8080") -> dict[str, Any]:
-    headers = [(b"host", host.encode()), (b"origin", origin.encode())]
-    extensions: dict[str, Any] = {"websocket.http.response": {}}
-    return {"type": "websocket", "headers": headers, "server": (LOOPBACK, 8080), "extensions": extensions}
-
-
 @pytest.mark.parametrize(
-    ("scope", "is_refused"),
+    "headers",
     [
-        (upgrade("https://evil.example"), True),
-        (upgrade("http://evil.example", "evil.example"), True),
-        (upgrade("http://127.0.0.1:8080"), False),
+        {"origin": "https://evil.example"},
+        {"origin": "http://evil.example", "host": "evil.example"},
+        {"host": "evil.example"},
     ],
 )
-async def test_a_page_of_another_site_opens_no_websocket(scope: dict[str, Any], is_refused: bool) -> None:
-    async with lifespan_of(Application(lambda: some_settings())) as application:
-        start, *_ = await asgi_call(application, scope)
-    assert (start.get("status") == 403) == is_refused
+async def test_a_page_of_another_site_opens_no_websocket(app: App, headers: dict[str, str]) -> None:
+    refusal = await handshake_refused(app, headers=headers)
+    assert refusal.status == 403
+
+
+@pytest.mark.parametrize("headers", [{"origin": "http://127.0.0.1:8080"}, {"origin": "app://chat"}, {}])
+async def test_a_page_of_this_machine_and_programs_open_websockets(app: App, headers: dict[str, str]) -> None:
+    async with connected(app, headers=headers) as client:
+        await client.turn("Hi")
+
+
+async def test_a_page_that_is_named_opens_a_websocket(open_app: App) -> None:
+    key = {"authorization": f"Bearer {ALICE}"}
+    async with connected(open_app, headers={"origin": CHAT, **key}) as client:
+        await client.turn("Hi")
+    assert (await handshake_refused(open_app, headers={"origin": "https://x.example", **key})).status == 403
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ async def test_healthz_says_ok(app: App) -> None:
         assert (answer.status, await answer.json()) == (200, {"status": "ok"})
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/responses"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/responses", "/v1/realtime"])
 async def test_an_upgrade_at_a_server_without_websockets_is_a_426(app: App, path: str) -> None:
     async with app.http.get(app.url + path, headers={"upgrade": "websocket"}) as answer:
         await error_of(answer, 426)

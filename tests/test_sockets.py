@@ -18,7 +18,9 @@ from event_grammar import check
 from openai.types.responses import ResponseSteerFailedEvent
 from openai.types.responses.responses_server_event import ResponseWsError
 from scripted import DEADLINE_S, END, Backend, Script, chunk, refused, streamed
-from socket_client import PATH, Json, Socket, connected
+from socket_client import PATH, Json, Socket, connected, handshake_refused
+from test_metrics import reached, values
+from test_observing import PARENT, STATE, moved
 
 from auth import new_key
 from proxy import server_config
@@ -503,15 +505,6 @@ async def test_steering_that_is_malformed_is_refused_as_such(client: Socket) -> 
 # -- how it begins -----------------------------------------------------------------------------------------------------
 
 
-async def handshake_refused(app: App, path: str = PATH, **options: Any) -> aiohttp.WSServerHandshakeError:
-    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-        await app.http.ws_connect(app.url + path, **options)
-    assert caught.value.headers
-    assert caught.value.headers["x-request-id"]
-    assert caught.value.headers["content-type"] == "application/json"
-    return caught.value
-
-
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer nobody"}])
 async def test_an_upgrade_without_a_key_is_a_401(start_app: StartApp, headers: dict[str, str]) -> None:
     app = await start_app(auth={"mode": "keys", "keys": {"me": new_key()[1]}})
@@ -554,6 +547,130 @@ async def test_a_client_may_name_its_upgrade(app: App) -> None:
 async def test_nothing_is_deflated(app: App) -> None:
     async with connected(app, compress=15) as client:
         assert client.ws.compress == 0
+
+
+# -- limits, counts and traces -----------------------------------------------------------------------------------------
+
+PER_MINUTE, AT_ONE_TIME = {"requests_per_minute": 1}, {"in_flight_per_owner": 1}
+
+
+async def rate_limited(client: Socket, lane: str | None = None) -> dict[str, str]:
+    """The headers in the error frame that a lane hears next."""
+    event = await client.hear(lane)
+    error = ResponseWsError.model_validate(event)
+    assert (error.status, error.error.type, error.error.code) == (429, "rate_limit_error", "rate_limit_exceeded")
+    assert error.error.headers
+    return error.error.headers
+
+
+async def test_over_the_limit_a_minute_the_socket_stays_and_says_how_long_to_wait(
+    start_app: StartApp, backend: Backend
+) -> None:
+    async with connected(await start_app(limits=PER_MINUTE)) as client:
+        await client.turn("Hi")
+        for _ in range(2):
+            await client.create("More")
+            headers = await rate_limited(client)
+            assert 0 < int(headers["retry-after"]) <= 60
+            assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert len(backend.requests) == 1
+
+
+async def test_requests_over_http_and_on_sockets_are_limited_together(start_app: StartApp) -> None:
+    app = await start_app(limits=PER_MINUTE)
+    async with connected(app) as client, connected(app) as other:
+        await client.turn("Hi")
+        await other.create("Hi")
+        await rate_limited(other)
+        async with app.post({"model": "m", "input": "Hi"}) as answer:
+            assert answer.status == 429
+
+
+async def test_what_one_owner_says_on_a_socket_does_not_hinder_another(start_app: StartApp) -> None:
+    mine, theirs = new_key(), new_key()
+    app = await start_app(auth={"mode": "keys", "keys": {"me": mine[1], "they": theirs[1]}}, limits=PER_MINUTE)
+    bearers = [{"Authorization": f"Bearer {key}"} for key, _ in (mine, theirs)]
+    async with connected(app, headers=bearers[0]) as me, connected(app, headers=bearers[1]) as they:
+        await me.turn("Hi")
+        await me.create("More")
+        await rate_limited(me)
+        await they.turn("Hi")
+
+
+async def test_a_lane_over_the_limit_at_once_is_refused_and_the_other_goes_on(
+    start_app: StartApp, backend: Backend
+) -> None:
+    slow, goes_on = held("slow")
+    backend.script(slow, streamed("after"))
+    async with connected(await start_app(limits=AT_ONE_TIME)) as client:
+        await client.create("Hi", stream_id="a")
+        await client.until("response.output_text.delta", "a")
+        await client.create("Hi", stream_id="b")
+        await rate_limited(client, "b")
+        await client.create("Next", stream_id="a")  # waits in its lane, and is not in flight meanwhile
+        goes_on.set()
+        await client.until("response.completed", "a")
+        assert text_of(await client.ended("a")) == "after"
+
+
+async def test_what_a_refusal_for_a_limit_would_continue_is_not_forgotten(
+    start_app: StartApp, backend: Backend
+) -> None:
+    slow, goes_on = held("slow")
+    backend.script(streamed("one"), slow, streamed("two"))
+    async with connected(await start_app(limits=AT_ONE_TIME)) as client:
+        parent = await client.turn("Hi")
+        await client.create("Hi", stream_id="b")
+        await client.until("response.output_text.delta", "b")
+        await client.create("More", previous_response_id=parent["id"])
+        await rate_limited(client)
+        goes_on.set()
+        await client.until("response.completed", "b")
+        await client.turn("Hi", lane="b", generate=False)  # the one before it is no longer in flight
+        await client.turn("More", previous_response_id=parent["id"])
+    assert said_to(backend)[-1] == ["Hi", "one", "More"]
+
+
+async def test_the_tokens_of_a_turn_on_a_socket_count_for_its_owner(start_app: StartApp) -> None:
+    async with connected(await start_app(limits={"tokens_per_minute": 18})) as client:
+        await client.turn("Hi")
+        await client.create("More")
+        headers = await rate_limited(client)
+        assert headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+async def test_turns_are_counted_as_those_of_a_socket_which_is_open_until_it_ends(app: App) -> None:
+    assert (await values(app))["websockets_open"] == 0
+    async with connected(app) as client, connected(app):
+        await client.turn("Hi", unheard_of=1)
+        found = await values(app)
+        assert found["websockets_open"] == 2
+        assert moved(found, "turns_total") == {"[websocket][completed]": 1}
+        assert moved(found, "ignored_total") == {"[other]": 1}
+        assert found["turn_seconds_count[websocket]"] == 1
+    await reached(app, websockets_open=0)
+
+
+async def test_what_runs_when_a_client_leaves_is_counted_as_cancelled(app: App, backend: Backend) -> None:
+    slow, _ = held("slow")
+    backend.script(slow)
+    async with connected(app) as client:
+        await client.create("Hi")
+        await client.until("response.output_text.delta")
+    await reached(app, **{"turns_total[websocket][cancelled]": 1, "websockets_open": 0})
+
+
+async def test_a_refused_upgrade_is_no_open_socket(app: App) -> None:
+    await handshake_refused(app, headers={"origin": "https://evil.example"})
+    assert (await values(app))["websockets_open"] == 0
+
+
+async def test_the_trace_of_the_upgrade_goes_on_to_the_backend(app: App, backend: Backend) -> None:
+    async with connected(app, headers={"traceparent": PARENT, "tracestate": STATE}) as client:
+        await client.turn("Hi")
+        await client.turn("More")
+    assert [request.headers["traceparent"] for request in backend.requests] == [PARENT, PARENT]
+    assert {request.headers["tracestate"] for request in backend.requests} == {STATE}
 
 
 # -- how it ends -------------------------------------------------------------------------------------------------------
