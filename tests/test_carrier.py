@@ -637,9 +637,10 @@ async def test_no_form_of_a_target_leads_to_another_host(raw: RawBackend, app: A
     assert raw.seen[-1].header("host") == raw.url.removeprefix("http://").removesuffix("/v1")
 
 
-async def test_a_websocket_is_answered_with_426(raw: RawBackend, app: App) -> None:
-    text = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
-    assert await status_of(app, text) == 426
+@pytest.mark.parametrize(("key", "status"), [(b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n", 404), (b"", 400)])
+async def test_a_websocket_does_not_go_through(raw: RawBackend, app: App, key: bytes, status: int) -> None:
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n" + key
+    assert await status_of(app, b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n") == status
     assert [seen for seen in raw.seen if seen.target != "/v1/models"] == []
 
 

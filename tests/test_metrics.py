@@ -51,6 +51,7 @@ NAMES = {
     "upstream_requests": "counter",
     "upstream_retries": "counter",
     "upstream_errors": "counter",
+    "upstream_fallbacks": "counter",
     "tokens": "counter",
     "ignored": "counter",
     "store_save_seconds": "histogram",
