@@ -1,4 +1,4 @@
-"""Requests that go through, and several backends: who answers in place of another, with whose key; places and counts."""
+"""Requests that go through, and several backends: who answers in place of another, with whose key, places, counts."""
 
 from __future__ import annotations
 
