@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -206,6 +207,11 @@ class EventStream:
             else:
                 if message["type"] == "http.disconnect":
                     raise ClientGone
+
+
+def upstream_header(name: str) -> tuple[bytes, bytes]:
+    """Who gave an answer; of its name, what a header may hold."""
+    return b"x-responses-proxy-upstream", re.sub(r"[^ -~]", "?", name).encode()
 
 
 async def send_json(send: Send, body: Any, headers: Headers) -> None:

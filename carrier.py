@@ -1,156 +1,107 @@
-"""Requests that are carried through to a backend, as ASGI has them: the body out as it comes in, the answer back.
+"""Requests that are carried through to a backend, or on to the next one: the body out as it comes in, the answer back.
 
 May not know routes, nor what is asked or answered, but for the model that a body names.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import NamedTuple
 from urllib.parse import quote
 
-from answers import UNWATCHED_S, ClientGone, Receive, Scope, Send, read_body, too_large
+from answers import ClientGone, Receive, Scope, Send, upstream_header
 from auth import Caller
-from errors import ProxyError
-from passing import given_headers, model_in, sent_headers, target_of, with_model
+from errors import InvalidRequest, ProxyError
+from gates import NO_TERMS, WITH_OTHER, Terms
+from incoming import Incoming
+from passing import (
+    Allowed,
+    PassthroughSettings,
+    given_headers,
+    keeps_nothing,
+    model_in,
+    sent_headers,
+    target_of,
+    with_model,
+)
 from relaying import Body, Outgoing, Relayed
-from routing import Upstreams
+from routing import Upstreams, may_go_on
 from upstream import Upstream
+from upstream_errors import UpstreamError
 
 log = logging.getLogger("responses_proxy.carrier")
 
 
-class Incoming:
-    """A client's body as it comes in and, once it is in, whether the client stays: `async with Incoming(...)`.
-
-    The work inside is cancelled when the client leaves, or sends more than it may. Raises: ClientGone, BodyTooLarge.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, limit_bytes: int) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._limit_bytes = limit_bytes
-        self._left_bytes = limit_bytes
-        self._first = b""
-        self._more = True
-        self._fault: Exception | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._watcher: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._working = asyncio.current_task()
-        return self
-
-    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait({self._watcher})
-        cancelled = kind is asyncio.CancelledError and self._fault is not None
-        if cancelled and self._working is not None and self._working.uncancel() == 0:
-            assert self._fault is not None
-            raise self._fault from error
-
-    @property
-    def length(self) -> bytes:
-        """As the client tells it; a body in pieces has none."""
-        values = self._scope["header_values"]
-        length: bytes = b"" if b"transfer-encoding" in values else values.get(b"content-length", b"")
-        return length
-
-    @property
-    def is_there(self) -> bool:
-        return b"transfer-encoding" in self._scope["header_values"] or bool(self.length.strip(b"0"))
-
-    async def whole(self) -> bytes:
-        """All of it. Raises: BodyTooLarge, InvalidRequest for an encoding, ClientGone."""
-        raw = await read_body(self._scope, self._receive, self._limit_bytes)
-        self._watch_soon()
-        return raw
-
-    async def begun(self) -> Body:
-        """None without a body, bytes where all of it is there already, else itself: the pieces as they come."""
-        if not self.is_there:
-            self._watch_soon()
-            return None
-        if self.length and int(self.length) > self._limit_bytes:
-            raise too_large(self._limit_bytes)
-        self._first = await self._next()
-        return self if self._more else self._first
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        """Runs in a task of the HTTP client, so what goes wrong is told to the one that works."""
-        piece, self._first = self._first, b""
-        try:
-            while not piece and self._more:
-                piece = await self._next()
-        except (ClientGone, ProxyError) as fault:
-            self._fail(fault)
-            raise
-        if not piece:
-            raise StopAsyncIteration
-        return piece
-
-    async def _next(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        piece: bytes = message.get("body", b"")
-        self._left_bytes -= len(piece)
-        if self._left_bytes < 0:
-            raise too_large(self._limit_bytes)
-        self._more = message.get("more_body", False)
-        if not self._more:
-            self._watch_soon()
-        return piece
-
-    def _fail(self, fault: Exception) -> None:
-        self._fault = fault
-        assert self._working is not None
-        self._working.cancel()
-
-    def _watch_soon(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(UNWATCHED_S, self._watch)
-
-    def _watch(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._until_gone())
-
-    async def _until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._fail(ClientGone())
-
-
 class Way(NamedTuple):
-    """Where a request goes, and the body that goes there."""
+    """A backend for a request, and the body that goes there.
+
+    `spoken_to`: the backend that the client's own key may go to; `others`: those that are left to answer in place of
+    this one, best first; `because`: why the one that the model belongs to did not; `given`: the body as the client
+    wrote it, which names the `model`.
+    """
 
     upstream: Upstream
     body: Body
+    spoken_to: Upstream
+    others: tuple[Upstream, ...] = ()
+    because: UpstreamError | None = None
+    given: bytes = b""
+    model: str = ""
+
+    @property
+    def terms(self) -> Terms:
+        return WITH_OTHER if self.others else NO_TERMS
+
+
+class Carried(NamedTuple):
+    """A client's request, and what a backend is asked for."""
+
+    scope: Scope
+    target: str
+    caller: Caller
+
+    @property
+    def content_type(self) -> str:
+        value: bytes = self.scope["header_values"].get(b"content-type", b"")
+        return value.decode("latin-1")
+
+    def outgoing(self, way: Way) -> Outgoing:
+        """The client's own credentials go to the backend that it speaks to, and to no other one."""
+        is_theirs = self.caller.bearer is not None and way.upstream is way.spoken_to
+        headers = sent_headers(self.scope["headers"], with_credentials=is_theirs)
+        if isinstance(way.body, Incoming) and way.body.length:
+            headers.append(("content-length", way.body.length.decode("ascii")))
+        return Outgoing(self.scope["method"], self.target, headers, way.body)
+
+    def passed(self, way: Way) -> Mapping[str, str]:
+        return self.caller.passed if way.upstream is way.spoken_to else self.caller.trace
 
 
 class Carrier:
     """Carries requests to the backends."""
 
-    def __init__(self, upstreams: Upstreams, limit_bytes: int) -> None:
+    def __init__(self, upstreams: Upstreams, limit_bytes: int, settings: PassthroughSettings) -> None:
         self._upstreams = upstreams
         self._limit_bytes = limit_bytes
-        settings = [upstream.settings for upstream in upstreams]
-        self._goes_by_model = len(settings) > 1 or any(each.aliases for each in settings)
+        self._allowed = Allowed(settings)
+        tables = [upstream.settings for upstream in upstreams]
+        self._goes_by_model = len(tables) > 1 or any(each.aliases for each in tables)
 
-    async def carry(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        """Raises: ProxyError, ClientGone; once the answer has begun, a fault cuts the connection instead."""
+    def target(self, scope: Scope) -> str:
+        """What a backend is to be asked for. Raises: NotFound, MethodNotAllowed, InvalidRequest."""
         target = target_of(scope["method"], _raw_path(scope), scope["query_string"])
+        self._allowed.check(target)
+        return target
+
+    async def carry(self, carried: Carried, receive: Receive, send: Send) -> None:
+        """Raises: ProxyError, ClientGone; once the answer has begun, a fault cuts the connection instead."""
         has_begun = False
         try:
-            async with Incoming(scope, receive, self._limit_bytes) as incoming:
-                relayed = await self._open(scope, incoming, target, caller)
+            async with Incoming(carried.scope, receive, self._limit_bytes) as incoming:
+                way, relayed = await self._open(carried, incoming)
                 has_begun = True
-                await _answer(relayed, send)
+                await _answer(relayed, way, carried.scope, send)
         except (ClientGone, ProxyError) as fault:
             if not has_begun:
                 raise
@@ -159,24 +110,70 @@ class Carrier:
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _open(self, scope: Scope, incoming: Incoming, target: str, caller: Caller) -> Relayed:
-        way = await self._way(scope, incoming)
-        headers = sent_headers(scope["headers"], with_credentials=caller.bearer is not None)
-        if way.body is incoming and incoming.length:
-            headers.append(("content-length", incoming.length.decode("ascii")))
-        return await way.upstream.relay(Outgoing(scope["method"], target, headers, way.body), caller.passed)
+    async def _open(self, carried: Carried, incoming: Incoming) -> tuple[Way, Relayed]:
+        """The first answer that is for the client. Raises: ProxyError, ClientGone."""
+        way = await self._way(carried, incoming)
+        while True:
+            relayed, error = await _tried(carried, way)
+            way_on = self._way_on(carried, way, error) if error else None
+            if way_on is None:
+                return way, _settled(way, relayed, error)
+            if relayed is not None:
+                relayed.close()
+            way = way_on
 
-    async def _way(self, scope: Scope, incoming: Incoming) -> Way:
+    async def _way(self, carried: Carried, incoming: Incoming) -> Way:
         """A body is looked at only where its model decides something."""
+        first = next(iter(self._upstreams))
         if not (self._goes_by_model and incoming.is_there):
-            return Way(next(iter(self._upstreams)), await incoming.begun())
+            return Way(first, await incoming.begun(), first)
         raw = await incoming.whole()
-        content_type = scope["header_values"].get(b"content-type", b"").decode("latin-1")
-        model = model_in(raw, content_type)
+        model = model_in(raw, carried.content_type)
         if model is None:
-            return Way(next(iter(self._upstreams)), raw)
+            return Way(first, raw, first)
+        if not self._upstreams.names(model):
+            await self._upstreams.known(model)
         upstream, name = self._upstreams.route(model)
-        return Way(upstream, raw if name == model else with_model(raw, content_type, name))
+        others = self._upstreams.fallbacks(upstream) if keeps_nothing(carried.scope["method"], carried.target) else ()
+        body = _named(raw, carried, model, name)
+        return Way(upstream, body, self._upstreams.spoken_to(model), others, given=raw, model=model)
+
+    def _way_on(self, carried: Carried, way: Way, error: UpstreamError) -> Way | None:
+        """To the next backend that may answer; None where none is left, or the request itself is at fault."""
+        if not (way.others and may_go_on(error, at_fallback=way.because is not None)):
+            return None
+        upstream, *others = way.others
+        try:
+            body = _named(way.given, carried, way.model, upstream.settings.aliases.get(way.model, way.model))
+        except InvalidRequest:  # the client is told why the one before did not answer
+            return None
+        self._upstreams.falls_back(way.upstream, upstream, error)
+        return way._replace(upstream=upstream, body=body, others=tuple(others), because=way.because or error)
+
+
+async def _tried(carried: Carried, way: Way) -> tuple[Relayed | None, UpstreamError | None]:
+    """The answer, and what says that another backend may have a better one."""
+    try:
+        relayed = await way.upstream.relay(carried.outgoing(way), carried.passed(way), way.terms)
+    except UpstreamError as error:
+        return None, error
+    return relayed, relayed.refusal
+
+
+def _settled(way: Way, relayed: Relayed | None, error: UpstreamError | None) -> Relayed:
+    """The last answer as it is. Raises: UpstreamError without one, and for a fallback that was not set up for this."""
+    if relayed is None:
+        assert error is not None
+        raise error
+    if error and way.because and may_go_on(error, at_fallback=True) and not may_go_on(error, at_fallback=False):
+        relayed.close()
+        raise way.because
+    return relayed
+
+
+def _named(raw: bytes, carried: Carried, model: str, name: str) -> bytes:
+    """The body with the name that a model has at a backend. Raises: InvalidRequest."""
+    return raw if name == model else with_model(raw, carried.content_type, name)
 
 
 def _raw_path(scope: Scope) -> bytes:
@@ -185,11 +182,12 @@ def _raw_path(scope: Scope) -> bytes:
     return raw_path.removeprefix(scope.get("root_path", "").encode("ascii", "replace"))
 
 
-async def _answer(relayed: Relayed, send: Send) -> None:
+async def _answer(relayed: Relayed, way: Way, scope: Scope, send: Send) -> None:
     """All but the end of an answer, which is not told before it is sure."""
     try:
-        headers = given_headers(relayed.status, relayed.headers)
-        await send({"type": "http.response.start", "status": relayed.status, "headers": headers})
+        named = upstream_header(way.upstream.settings.name)
+        headers = given_headers(relayed.status, relayed.headers, (*scope["answer_headers"], named))
+        await send({"type": "http.response.start", "status": relayed.status, "headers": [*headers, named]})
         await relayed.pour(lambda data: send({"type": "http.response.body", "body": data, "more_body": True}))
     finally:
         relayed.close()

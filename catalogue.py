@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from auth import Caller
@@ -66,7 +67,9 @@ class Catalogue:
 
     async def _ask(self, caller: Caller) -> Told:
         upstreams = list(self._upstreams)
-        answers = await asyncio.gather(*(asked(upstream, caller) for upstream in upstreams))
+        # A client's own key is for the backend that it speaks to; the others have one of the settings, or none.
+        passed = [caller.passed, *[caller.trace] * (len(upstreams) - 1)]
+        answers = await asyncio.gather(*map(asked, upstreams, passed))
         entries: dict[str, Json] = {}
         failures = []
         for upstream, answer in zip(upstreams, answers, strict=True):
@@ -94,10 +97,10 @@ class Catalogue:
             await asyncio.wait({self._asking})
 
 
-async def asked(upstream: Upstream, caller: Caller) -> list[Json] | UpstreamError:
+async def asked(upstream: Upstream, passed: Mapping[str, str]) -> list[Json] | UpstreamError:
     """The entries of one backend, or why there are none."""
     try:
-        return await upstream.models(caller.passed)
+        return await upstream.models(passed)
     except UpstreamError as error:
         log.warning("the models of upstream '%s' are not listed: %s", upstream.settings.name, error.message)
         return error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,8 +28,10 @@ from answers import (
     Watched,
     read_body,
     send_json,
+    upstream_header,
 )
 from auth import Caller
+from carrier import Carried
 from errors import (
     RateLimited,
 )
@@ -40,7 +41,7 @@ from keeper import Asked
 from logs import one_line
 from metrics import CONTENT_TYPE
 from origins import origins_of
-from passing import WITHOUT_PREFIX
+from passing import WITHOUT_PREFIX, template_of
 from quotas import Admission
 from records import ignored_of, restored
 from replay import replayed
@@ -73,11 +74,6 @@ def ignored_headers(names: tuple[str, ...]) -> Headers:
     return [(b"x-responses-proxy-ignored", shown.encode())]
 
 
-def plain_text(text: str) -> str:
-    """What a header may hold."""
-    return re.sub(r"[^ -~]", "?", text)
-
-
 # -- routes ------------------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +83,12 @@ class Exchange(NamedTuple):
     scope: Scope
     receive: Receive
     send: Send
+
+
+class Passed(NamedTuple):
+    """What stands in for a route where a request goes through."""
+
+    path: str
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -174,7 +176,7 @@ class Edge:
 
     def _turn_headers(self, turn: Turn) -> Headers:
         """Of a plain answer: who gave it, and what was left out. A stream begins before that is certain."""
-        return [(b"x-responses-proxy-upstream", plain_text(turn.upstream).encode()), *self._ignored(turn.ignored)]
+        return [upstream_header(turn.upstream), *self._ignored(turn.ignored)]
 
     async def _answer(self, exchange: Exchange, asked: Asked) -> None:
         if asked.request.background:
@@ -293,9 +295,12 @@ class Edge:
         if wants_websocket(scope):
             await no_upgrade()(scope, receive, send)
             return
+        carrier = self._services.carrier
+        target = carrier.target(scope)
+        scope.setdefault("route", Passed(template_of(target)))
         caller = self._caller(scope)
         with await self.admitted(scope, caller.owner):
-            await self._services.carrier.carry(scope, receive, send, caller)
+            await carrier.carry(Carried(scope, target, caller), receive, send)
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""

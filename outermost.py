@@ -61,15 +61,13 @@ def response_to(error: Exception, request_id: str) -> Response:
 ROUTING_ERRORS: dict[int, type[ProxyError]] = {405: MethodNotAllowed}
 
 
-# What the direct routes are told as.
-TURNS = "POST /v1/responses"
-
-
 class Outermost:
     """Gives every request an id, and turns what goes wrong into an answer."""
 
     def __init__(self, edge: Edge, observer: Observer, new_id: Callable[[str], str]) -> None:
         self._direct = direct_routes(edge)
+        # What they are told as.
+        self._told_as = {key: f"{key[0]} /v1{key[1].removeprefix('/v1')}" for key in self._direct}
         self._routes = routes(edge)
         self._router = Router(self._routes, redirect_slashes=False, default=edge.pass_on)
         self._sockets = edge.sockets
@@ -89,6 +87,7 @@ class Outermost:
         seen = scope["seen"] = self._observer.request(scope)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         direct = self._direct.get((scope["method"], path))
+        told_as = self._told_as.get((scope["method"], path))
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -96,7 +95,7 @@ class Outermost:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], *added]
-                seen.answered(message["status"], message["headers"], TURNS if direct else route_of(scope))
+                seen.answered(message["status"], message["headers"], told_as or route_of(scope))
             await send(message)
 
         try:
@@ -112,7 +111,7 @@ class Outermost:
                 response.headers["allow"] = ", ".join(sorted(self._methods(scope, path)))
             await response(scope, receive, send_with_id)
         finally:
-            seen.ended(TURNS if direct else route_of(scope))
+            seen.ended(told_as or route_of(scope))
 
     def _methods(self, scope: Scope, path: str) -> set[str]:
         """What a path can be asked for. The router names those of its first route of that path only."""
@@ -142,6 +141,8 @@ def refuse_foreign(origins: Origins, scope: Scope) -> None:
 EXPOSED_HEADERS = (
     "x-request-id",
     "x-responses-proxy-ignored",
+    "x-responses-proxy-upstream",
+    "x-upstream-request-id",
     "idempotent-replayed",
     "retry-after",
     *(f"x-ratelimit-{key}-{name}" for name in ("requests", "tokens") for key in ("limit", "remaining", "reset")),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import translate
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -21,6 +23,11 @@ Pair = tuple[bytes, bytes]
 PREFIX = b"/v1"
 # What goes through without the prefix too, for clients whose base URL leaves it out.
 WITHOUT_PREFIX = frozenset((b"/chat/completions", b"/completions", b"/embeddings", b"/rerank"))
+# Those that keep nothing: it does no harm when two backends are asked. Each is told apart in what is counted.
+ENDPOINTS = frozenset(path.decode() for path in WITHOUT_PREFIX) | {
+    *("/audio/speech", "/audio/transcriptions", "/audio/translations"),
+    *("/images/edits", "/images/generations", "/images/variations", "/moderations", "/score"),
+}
 # A backend's own would be about things that it does not have: what is stored is stored here.
 OURS = frozenset((b"responses", b"conversations"))
 # They are about the way to a server, and a tunnel through this one leads anywhere.
@@ -32,6 +39,50 @@ NOT_IN_PATH, NOT_IN_QUERY = re.compile(rb"[^\x21-\x7e]|[?#]"), re.compile(rb"[^\
 DECODED_TIMES = 3
 
 
+@dataclass(frozen=True)
+class PassthroughSettings:
+    """The section `[passthrough]`; `paths` are globs, and every path begins with `/v1/` for them."""
+
+    paths: tuple[str, ...] = ("/v1/*",)
+
+    def __post_init__(self) -> None:
+        for glob in self.paths:
+            if not glob.startswith("/v1/"):
+                raise ValueError(f"paths: expected globs that begin with '/v1/', got {glob!r}")
+
+
+class Allowed:
+    """Which paths go through."""
+
+    def __init__(self, settings: PassthroughSettings) -> None:
+        self._globs = [re.compile(translate(glob)) for glob in settings.paths]
+
+    def check(self, target: str) -> None:
+        """Raises: NotFound."""
+        path = f"/v1{path_of(target)}"
+        if not any(glob.match(path) for glob in self._globs):
+            raise unknown_url()
+
+
+def path_of(target: str) -> str:
+    return target.partition("?")[0]
+
+
+def keeps_nothing(method: str, target: str) -> bool:
+    """Whether another backend may be asked too, be it that the first one has carried it out."""
+    return method == "POST" and path_of(target) in ENDPOINTS
+
+
+def template_of(target: str) -> str:
+    """What stands for a path in what is counted: one of few, whatever a client has thought of."""
+    path = path_of(target)
+    return f"/v1{path}" if path in ENDPOINTS else "/v1/*"
+
+
+def unknown_url() -> NotFound:
+    return NotFound("Unknown request URL or method.")
+
+
 def target_of(method: str, raw_path: bytes, query: bytes) -> str:
     """What to ask for below a backend's base URL. Raises: NotFound, MethodNotAllowed, InvalidRequest."""
     if method in REFUSED_METHODS:
@@ -41,13 +92,13 @@ def target_of(method: str, raw_path: bytes, query: bytes) -> str:
         if not DOTS.isdisjoint(segments):
             raise InvalidRequest("The path must not have segments of dots.")
         if next(filter(None, segments), b"").lower() in OURS:
-            raise NotFound("Unknown request URL or method.")
+            raise unknown_url()
     return _escaped(NOT_IN_PATH, path) + (f"?{_escaped(NOT_IN_QUERY, query)}" if query else "")
 
 
 def _without_prefix(raw_path: bytes) -> bytes:
     if not raw_path.startswith(PREFIX + b"/"):
-        raise NotFound("Unknown request URL or method.")
+        raise unknown_url()
     return raw_path.removeprefix(PREFIX)
 
 
@@ -94,8 +145,8 @@ def sent_headers(given: Iterable[Pair], *, with_credentials: bool) -> list[tuple
     return [(name.decode("ascii"), _text(value)) for name, value in given if _is_end_to_end(name, left_out)]
 
 
-def given_headers(status: int, told: Iterable[Pair]) -> list[Pair]:
-    """A backend's headers for the client."""
+def given_headers(status: int, told: Iterable[Pair], own: Iterable[Pair] = ()) -> list[Pair]:
+    """A backend's headers for the client, but for those of which this program has its `own`."""
     pairs = [
         (name.lower(), value) for name, value in told if HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(value)
     ]
@@ -103,7 +154,9 @@ def given_headers(status: int, told: Iterable[Pair]) -> list[Pair]:
     # Of a 304 it is the length of what is not sent, of a chunked answer none at all.
     if status == NO_LENGTH_OF_ITS_OWN or any(name == b"transfer-encoding" for name, _ in pairs):
         left_out |= {b"content-length"}
-    return [(RENAMED.get(name, name), value) for name, value in pairs if _is_end_to_end(name, left_out)]
+    told_here = {name for name, _ in own}
+    renamed = ((RENAMED.get(name, name), value) for name, value in pairs if _is_end_to_end(name, left_out))
+    return [(name, value) for name, value in renamed if name not in told_here]
 
 
 def _named_in_connection(pairs: list[Pair]) -> frozenset[bytes]:

@@ -19,6 +19,7 @@ from yarl import URL
 from chat_stream import TIMER_STEP_S, StreamLimits
 from gates import Hold
 from observing import Call
+from refusals import retry_after_s
 from upstream_errors import (
     UpstreamBroken,
     UpstreamError,
@@ -33,7 +34,10 @@ Body = bytes | AsyncIterator[bytes] | None
 LARGE_BODY_BYTES = 1024 * 1024
 # That a connection from the pool was closed shows at once; what breaks later may have been carried out.
 CLOSED_WITHIN_S = 1.0
-SWITCHING_PROTOCOLS, FIRST_FAULT, LAST_STATUS = 101, 500, 599
+SWITCHING_PROTOCOLS, LAST_STATUS = 101, 599
+FIRST_REFUSAL, FIRST_FAULT = 400, 500
+# Of a backend that does not have this endpoint; it may do everything else as well as ever.
+NOT_THERE = 501
 # What the HTTP client would add where a client of ours sent nothing.
 NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
@@ -141,7 +145,10 @@ class Upload:
 
 
 class Relayed:
-    """An answer from its headers on. `close` it in every case."""
+    """An answer from its headers on. `close` it in every case.
+
+    `refusal`: what its status says, where it is an error of the backend's own.
+    """
 
     def __init__(self, answer: aiohttp.ClientResponse, limits: StreamLimits, hold: Hold, call: Call) -> None:
         self.status = answer.status
@@ -157,24 +164,31 @@ class Relayed:
         self._awaited_since = self._loop.time()
         self._timed_out: str | None = None
         self._timer = self._next_check()
-        if self.status >= FIRST_FAULT:
-            self._failed(UpstreamRefused("An answer that was passed on.", status=self.status))
+        self.refusal = refusal_of(answer, limits.name)
+        self._has_failed = False
+        if self.refusal is not None and self.status >= FIRST_FAULT:
+            self._failed(self.refusal)
 
     async def pour(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """One write for each read of the network, to the end. Raises: UpstreamError for an end that came too early."""
-        read, time_of = self._answer.content.readany, self._loop.time
-        try:
-            while data := await read():
-                self._awaited_since = math.inf
-                await write(data)
-                self._awaited_since = time_of()
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise self._failed(self._broken()) from error
+        while data := await self._read():
+            self._awaited_since = math.inf
+            await write(data)
+            self._awaited_since = self._loop.time()
         self._is_read = True
 
+    async def _read(self) -> bytes:
+        try:
+            return await self._answer.content.readany()
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            raise self._failed(self._broken()) from error
+
     def _failed(self, error: UpstreamError) -> UpstreamError:
-        self._call.failed(error)
-        self._hold.failed(error)
+        """Tells it once: what breaks off after a fault is the same failure."""
+        if not self._has_failed:
+            self._has_failed = True
+            self._call.failed(error)
+            self._hold.failed(error)
         return error
 
     def _broken(self) -> UpstreamError:
@@ -209,3 +223,12 @@ class Relayed:
             self._hold.end()
         else:
             self._hold.give_up()
+
+
+def refusal_of(answer: aiohttp.ClientResponse, name: str) -> UpstreamRefused | None:
+    """None where the status is no error, or says that the backend does not have what was asked for."""
+    if answer.status < FIRST_REFUSAL or answer.status == NOT_THERE:
+        return None
+    error = UpstreamRefused(f"Upstream '{name}' answered with the status {answer.status}.", status=answer.status)
+    error.retry_after_s = retry_after_s(answer.headers)
+    return error

@@ -199,7 +199,7 @@ async def make_services(settings: Settings, store: RunStore, means: Means) -> Se
         windows=windows,
         sockets=Sockets(socket_means, owners),
         catalogue=Catalogue(means.upstreams),
-        carrier=Carrier(means.upstreams, limits.body_bytes),
+        carrier=Carrier(means.upstreams, limits.body_bytes, settings.passthrough),
         once=Once(means.leases),
         owners=owners,
         observer=means.observer,

@@ -24,6 +24,7 @@ from compaction import CompactionSettings
 from errors import Json
 from logs import Form
 from origins import refuse_malformed
+from passing import PassthroughSettings
 from quotas import QuotaSettings
 from request import RequestLimits
 from sealing import SealingSettings
@@ -82,6 +83,7 @@ class Settings:
     background: BackgroundSettings = field(default_factory=BackgroundSettings)
     compaction: CompactionSettings = field(default_factory=CompactionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    passthrough: PassthroughSettings = field(default_factory=PassthroughSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
 
@@ -97,6 +99,7 @@ SECTIONS: dict[str, type[Any]] = {
     "background": BackgroundSettings,
     "compaction": CompactionSettings,
     "reasoning": ReasoningSettings,
+    "passthrough": PassthroughSettings,
     "tracing": TracingSettings,
     "upstream": UpstreamSettings,
 }

@@ -645,6 +645,13 @@ async def test_no_websocket_goes_through(raw: RawBackend, start: StartRaw, is_en
     assert [seen for seen in raw.seen if seen.target != "/v1/models"] == []
 
 
+@pytest.mark.parametrize(("key", "status"), [(b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n", 404), (b"", 400)])
+async def test_a_websocket_does_not_go_through(raw: RawBackend, app: App, key: bytes, status: int) -> None:
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n" + key
+    assert await status_of(app, b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n") == status
+    assert [seen for seen in raw.seen if seen.target != "/v1/models"] == []
+
+
 async def test_a_model_can_be_deleted_at_its_backend(raw: RawBackend, app: App) -> None:
     async with app.http.delete(f"{app.url}/v1/models/org/m") as answer:
         assert answer.status == 200

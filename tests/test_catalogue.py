@@ -106,14 +106,25 @@ async def test_an_alias_hides_a_model_of_that_name_and_nothing_is_listed_twice(o
         assert (await answer.json())["data"] == [entry("b", x=1), entry("a")]
 
 
-async def test_a_name_that_an_earlier_backend_takes_is_listed_as_its_own(
+async def test_a_name_that_another_backend_takes_is_listed_as_its_own(
     one: RawBackend, two: RawBackend, start: Start
 ) -> None:
-    first = {"base_url": one.url, "models": ("*-5", "a")}
-    app = await start(
-        first, {"base_url": two.url, "models": ("big-*",), "aliases": {"gpt-5": "big-1", "gpt-6": "big-1"}}
-    )
-    assert await names(app) == ["a", "org/b", "big-1", "gpt-6"]
+    """A name wins over a glob, of globs the one that names most, and of two names the first."""
+    one.answer = listing(*map(entry, ("a", "big-1", "big-2", "x")))
+    two.answer = listing(*(entry(name, meta="of two") for name in ("a", "big-1", "big-2", "y")))
+    first = {"base_url": one.url, "models": ("*", "big-1", "a")}
+    second = {"base_url": two.url, "models": ("big-*", "a"), "aliases": {"gpt-5": "big-2", "x": "big-2"}}
+    app = await start(first, second)
+    assert await names(app) == ["a", "big-1", "big-2", "gpt-5", "x"]
+    async with app.http.get(f"{app.url}/v1/models/big-2") as answer:
+        assert (await answer.json())["meta"] == "of two"
+
+
+async def test_a_list_counts_for_a_backend_that_sets_no_models(one: RawBackend, two: RawBackend, start: Start) -> None:
+    named = {"base_url": two.url, "models": ("big-*",)}
+    assert await names(await start({"base_url": one.url}, named)) == ["a", "org/b", "big-1"]
+    two.answer = listing(entry("big-1"), entry("hidden"), entry("a"))
+    assert await names(await start({"base_url": one.url}, {"base_url": two.url})) == ["a", "org/b", "big-1", "hidden"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +212,17 @@ async def test_a_clients_own_key_asks_and_what_it_is_told_is_told_to_nobody_else
     for key in ("alice", "bob"):
         async with app.http.get(f"{app.url}/v1/models", headers={"authorization": f"Bearer {key}"}) as answered:
             assert [each["id"] for each in (await answered.json())["data"]] == [f"Bearer {key}"]
+
+
+async def test_a_clients_own_key_asks_only_the_backend_that_it_speaks_to(
+    one: RawBackend, two: RawBackend, start: Start
+) -> None:
+    tables = [{**table, "api_key": f"of {table['name']}"} for table in both(one, two)]
+    app = await start(*tables, {"name": "three", "base_url": two.url, "models": ("3",)}, auth={"mode": "passthrough"})
+    async with app.http.get(f"{app.url}/v1/models", headers={"authorization": "Bearer mine"}) as answer:
+        assert answer.status == 200
+    assert one.seen[-1].header("authorization") == "Bearer mine"
+    assert {seen.header("authorization") for seen in two.seen} == {"Bearer of two", None}
 
 
 async def test_a_clients_own_key_that_is_no_good_is_a_401(one: RawBackend, start: Start) -> None:

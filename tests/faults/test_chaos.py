@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import aiohttp
 import pytest
 from conftest import App, listening_socket, no_task_is_left, running_app, settings_of
 from event_grammar import check, parse
@@ -270,6 +271,22 @@ class Client:
         self.bench.ends["continued"] += 1
         return await self.streamed(previous_response_id=response["id"])
 
+    async def passed_on(self) -> Json | None:
+        """A chat request that goes through: whole, cut, or an error of the backend's or of ours."""
+        body = {"model": self.body["model"], "messages": [{"role": "user", "content": "Hi"}]}
+        async with self.app.post(body, "/v1/chat/completions") as answer:
+            try:
+                raw = await answer.read()
+            except aiohttp.ClientPayloadError:
+                self.bench.ends["passed on and cut"] += 1
+                return None
+        assert answer.status in (200, 429, 500, 502, 503, 504), raw
+        self.bench.ends[f"passed on {answer.status}"] += 1
+        if answer.status == 200 and raw.startswith(b"{"):  # garbage goes through as well
+            (word,) = set(json.loads(raw)["choices"][0]["message"]["content"].split())
+            assert word.startswith(answer.headers["x-responses-proxy-upstream"])
+        return None
+
     async def leaving(self) -> Json | None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.bench.random.uniform(0.0, 0.3)):
@@ -305,6 +322,7 @@ FORMS: tuple[Callable[[Client], Any], ...] = (
     Client.background,
     Client.background_streamed,
     Client.chained,
+    Client.passed_on,
     Client.leaving,
 )
 
