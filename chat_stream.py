@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 import orjson
@@ -16,6 +16,7 @@ import orjson
 from gates import Hold
 from observing import Call
 from refusals import raise_if_error
+from silence import Silence, StreamLimits
 from sse import SSEDecoder
 from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout
 
@@ -23,17 +24,6 @@ Json = dict[str, Any]
 
 # How long the end of a body may take after `[DONE]`, so that the connection can be used again.
 DRAIN_S = 0.1
-# Timers are not set closer together than this.
-TIMER_STEP_S = 0.01
-
-
-class StreamLimits(NamedTuple):
-    """Whose answer it is, and how long it may take to its first chunk, between two, and in all."""
-
-    name: str
-    first_byte_timeout_s: float
-    idle_timeout_s: float
-    total_timeout_s: float
 
 
 class ChatStream:
@@ -50,20 +40,15 @@ class ChatStream:
         self._limits = limits
         self._call = call
         self._decoder = SSEDecoder()
-        self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
-        self._total_ends_at = self._heard_at + limits.total_timeout_s
-        self._silence_s = limits.first_byte_timeout_s
         self._failure: UpstreamError | None = None
-        self._timed_out: str | None = None
-        self._timer = self._next_check()
+        self._silence = Silence(limits, limits.first_byte_timeout_s, answer.close)
 
     async def __aiter__(self) -> AsyncIterator[list[Json]]:
         try:
             async for data in self._answer.content.iter_any():
                 if chunks := self._chunks(self._decoder.feed(data)):
                     self._call.heard(chunks)
-                    self._heard_at, self._silence_s = self._loop.time(), self._limits.idle_timeout_s
+                    self._silence.heard()
                     yield chunks
                 if self._failure:
                     raise self._failed(self._failure)
@@ -103,25 +88,6 @@ class ChatStream:
         raise_if_error(chunk, self._limits.name)
         return chunk
 
-    def _ends_at(self) -> float:
-        return min(self._total_ends_at, self._heard_at + self._silence_s)
-
-    def _next_check(self) -> asyncio.TimerHandle:
-        """Not later than `idle_timeout_s`, which may have begun to count by then."""
-        now = self._loop.time()
-        next_at = min(self._ends_at(), now + self._limits.idle_timeout_s)
-        return self._loop.call_at(max(next_at, now + TIMER_STEP_S), self._check_silence)
-
-    def _check_silence(self) -> None:
-        """Closes an answer that is silent or runs on for too long; comments do not count as an answer."""
-        now = self._loop.time()
-        if now < self._ends_at():
-            self._timer = self._next_check()
-            return
-        total = f"ran for {self._limits.total_timeout_s:g} s"
-        self._timed_out = total if now >= self._total_ends_at else f"sent nothing for {self._silence_s:g} s"
-        self._answer.close()
-
     def _failed(self, error: UpstreamError) -> UpstreamError:
         self._call.failed(error)
         self._hold.end(error)
@@ -132,8 +98,10 @@ class ChatStream:
         return self._failed(self._broken())
 
     def _broken(self) -> UpstreamError:
-        if self._timed_out:
-            return UpstreamTimeout(f"Upstream '{self._limits.name}' {self._timed_out} in the middle of its answer.")
+        if self._silence.verdict:
+            return UpstreamTimeout(
+                f"Upstream '{self._limits.name}' {self._silence.verdict} in the middle of its answer."
+            )
         return UpstreamBroken(f"Upstream '{self._limits.name}' closed its stream before the answer was finished.")
 
     async def _drain(self) -> None:
@@ -144,7 +112,7 @@ class ChatStream:
 
     def close(self) -> None:
         """Ends the request; an answer that was not read to its end closes the connection, and so stops the backend."""
-        self._timer.cancel()
+        self._silence.end()
         self._answer.close()
         self._call.ended(is_whole=self.done)
         if self.done or self._is_read:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from chat_stream import TIMER_STEP_S, StreamLimits
 from gates import Hold
 from observing import Call
 from refusals import retry_after_s
+from silence import Silence, StreamLimits
 from upstream_errors import (
     UpstreamBroken,
     UpstreamError,
@@ -158,12 +157,8 @@ class Relayed:
         self._is_read = False
         self._answer = answer
         self._limits = limits
-        self._loop = asyncio.get_running_loop()
-        self._total_ends_at = self._loop.time() + limits.total_timeout_s
-        # Since when the backend is awaited; never while the client is.
-        self._awaited_since = self._loop.time()
-        self._timed_out: str | None = None
-        self._timer = self._next_check()
+        # Never while the client is awaited.
+        self._silence = Silence(limits, limits.idle_timeout_s, answer.close)
         self.refusal = refusal_of(answer, limits.name)
         self._has_failed = False
         if self.refusal is not None and self.status >= FIRST_FAULT:
@@ -172,9 +167,9 @@ class Relayed:
     async def pour(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """One write for each read of the network, to the end. Raises: UpstreamError for an end that came too early."""
         while data := await self._read():
-            self._awaited_since = math.inf
+            self._silence.pause()
             await write(data)
-            self._awaited_since = self._loop.time()
+            self._silence.heard()
         self._is_read = True
 
     async def _read(self) -> bytes:
@@ -193,30 +188,13 @@ class Relayed:
 
     def _broken(self) -> UpstreamError:
         name = self._limits.name
-        if self._timed_out:
-            return UpstreamTimeout(f"Upstream '{name}' {self._timed_out} in the middle of its answer.")
+        if self._silence.verdict:
+            return UpstreamTimeout(f"Upstream '{name}' {self._silence.verdict} in the middle of its answer.")
         return UpstreamBroken(f"Upstream '{name}' closed the connection in its answer.")
-
-    def _ends_at(self) -> float:
-        return min(self._total_ends_at, self._awaited_since + self._limits.idle_timeout_s)
-
-    def _next_check(self) -> asyncio.TimerHandle:
-        now = self._loop.time()
-        next_at = min(self._ends_at(), now + self._limits.idle_timeout_s)
-        return self._loop.call_at(max(next_at, now + TIMER_STEP_S), self._check)
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        if now < self._ends_at():
-            self._timer = self._next_check()
-            return
-        total, idle = self._limits.total_timeout_s, self._limits.idle_timeout_s
-        self._timed_out = f"ran for {total:g} s" if now >= self._total_ends_at else f"sent nothing for {idle:g} s"
-        self._answer.close()
 
     def close(self) -> None:
         """An answer that was not read to its end closes the connection, and so stops the backend."""
-        self._timer.cancel()
+        self._silence.end()
         self._answer.close()
         self._call.ended(is_whole=self._is_read)
         if self._is_read:

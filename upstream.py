@@ -23,7 +23,7 @@ from yarl import URL
 
 import dialects
 from capacity import TOKENIZERS, WINDOW_SOURCES, Probe, ToldWindows, entries, listed, windows_told
-from chat_stream import ChatStream, StreamLimits
+from chat_stream import ChatStream
 from circuits import Circuit
 from dialects import Dialect
 from gates import NO_TERMS, Gate, Guard, Hold, Terms
@@ -32,6 +32,7 @@ from looks import Look
 from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
 from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
+from silence import StreamLimits
 from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 
 Json = dict[str, Any]

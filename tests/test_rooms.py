@@ -64,6 +64,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "calls": (2, 250, {"orjson"}),
     "items": (2, 450, {"msgspec", "pypdf"}),
     "observing": (2, 400, set()),
+    "silence": (1, 100, set()),
     "chat_stream": (2, 200, {"aiohttp", "orjson"}),
     "relaying": (2, 250, {"aiohttp", "multidict", "yarl"}),
     "upstream": (2, 500, {"aiohttp", "multidict", "orjson", "yarl"}),
