@@ -163,6 +163,8 @@ class Relayed:
         self._has_failed = False
         if self.refusal is not None and self.status >= FIRST_FAULT:
             self._failed(self.refusal)
+        elif self.refusal is not None:
+            hold.failed(self.refusal)  # who refuses is alive, be the rest of it read or not
 
     async def pour(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """One write for each read of the network, to the end. Raises: UpstreamError for an end that came too early."""

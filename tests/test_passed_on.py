@@ -150,6 +150,15 @@ async def test_a_fallback_that_was_not_set_up_says_nothing_to_the_client(
     assert len(posted(second)) == 2
 
 
+async def test_a_fallback_that_was_not_set_up_has_its_place_back(
+    first: RawBackend, second: RawBackend, start: Start
+) -> None:
+    first.answer, second.answer = refuses(503), refuses(404)
+    app = await start({}, {"max_in_flight": 1, "max_waiting": 0})
+    assert [(await ask(app))[0] for _ in range(2)] == [503, 503]
+    assert len(posted(second)) == 2
+
+
 async def test_the_other_backend_gets_its_own_name_of_the_model(
     first: RawBackend, second: RawBackend, start: Start
 ) -> None:
@@ -376,6 +385,14 @@ async def test_a_refusal_that_is_no_failure_opens_no_circuit(first: RawBackend, 
     for _ in range(3):
         await ask(app)
     assert len(posted(first)) == 3
+
+
+async def test_a_refusal_that_goes_on_shows_that_a_backend_is_alive(first: RawBackend, start: Start) -> None:
+    app = await start({"circuit_failures": 2, "circuit_open_s": 60.0})
+    for status in (500, 429, 500, 429, 500):
+        first.answer = refuses(status)
+        await ask(app)
+    assert len(posted(first)) == 5
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
