@@ -136,6 +136,12 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         self.logger = logging.getLogger(SOCKET_LOG)
 
+    async def send(self, message: Any) -> None:
+        """A refusal ends the handshake, too; the server would log an error for each."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True
+
     def shutdown(self) -> None:
         if self.handshake_complete and not self.close_sent:
             self.queue.put_nowait(cast(Any, {"type": STOPPING}))

@@ -511,6 +511,17 @@ async def test_an_upgrade_without_a_key_is_a_401(start_app: StartApp, headers: d
     assert (await handshake_refused(app, headers=headers)).status == 401
 
 
+async def test_a_refused_upgrade_is_no_error_of_the_server(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    await handshake_refused(app, "/v1/chat")
+    await connected_once(app)  # the server has done with the one before by then
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def connected_once(app: App) -> None:
+    async with connected(app) as client:
+        await client.turn("Hi")
+
+
 async def test_what_a_connection_stores_is_its_owners(start_app: StartApp) -> None:
     mine, theirs = new_key(), new_key()
     app = await start_app(auth={"mode": "keys", "keys": {"me": mine[1], "they": theirs[1]}})
