@@ -181,10 +181,17 @@ async def test_a_conversation_is_named(traced: App, recorded: InMemorySpanExport
 
 
 async def test_a_path_that_is_no_route_is_no_name(traced: App, recorded: InMemorySpanExporter) -> None:
-    async with traced.http.get(f"{traced.url}/v1/no/such"):
+    async with traced.http.get(f"{traced.url}/no/such"):
         pass
     (server,) = await of(recorded, "HTTP")
     assert "http.route" not in noted(server)
+
+
+async def test_a_path_that_goes_through_is_named_without_its_end(traced: App, recorded: InMemorySpanExporter) -> None:
+    async with traced.http.get(f"{traced.url}/v1/files/mine"):
+        pass
+    (server,) = await of(recorded, "GET /v1/*")
+    assert noted(server)["http.route"] == "/v1/*"
 
 
 async def test_a_run_in_background_begins_a_trace(
