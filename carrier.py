@@ -106,7 +106,7 @@ class Carrier:
             if not has_begun:
                 raise
             # Nothing more is sent: the server cuts the connection, so that nobody takes this for the end.
-            log.warning("an answer was cut: %s", getattr(fault, "message", "its client left"))
+            log.warning("an answer was cut: %s", getattr(fault, "logged", "its client left"))
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -102,7 +102,7 @@ async def asked(upstream: Upstream, passed: Mapping[str, str]) -> list[Json] | U
     try:
         return await upstream.models(passed)
     except UpstreamError as error:
-        log.warning("the models of upstream '%s' are not listed: %s", upstream.settings.name, error.message)
+        log.warning("the models of upstream '%s' are not listed: %s", upstream.settings.name, error.logged)
         return error
 
 

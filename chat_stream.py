@@ -48,8 +48,9 @@ class ChatStream:
             async for data in self._answer.content.iter_any():
                 if chunks := self._chunks(self._decoder.feed(data)):
                     self._call.heard(chunks)
-                    self._silence.heard()
+                    self._silence.pause()
                     yield chunks
+                    self._silence.heard()
                 if self._failure:
                     raise self._failed(self._failure)
                 if self.done:

@@ -16,7 +16,7 @@ from errors import ProxyError
 from jobs import CLEAR, jobs_table
 from keys import rotate_keys
 from routing import Upstreams
-from services import key_file_of, opened_store
+from services import key_file_of, opened_store, without_login
 from settings import Settings, SettingsError
 from upkeep import purge
 from upstream import Upstream
@@ -108,7 +108,7 @@ def routes_of(upstream: Upstream, upstreams: Upstreams) -> list[str]:
 
 
 async def _check_one(upstream: Upstream, routes: list[str]) -> bool:
-    where = f"{upstream.settings.name} ({upstream.settings.base_url})"
+    where = f"{upstream.settings.name} ({without_login(upstream.settings.base_url)})"
     try:
         probe = await upstream.probe()
     except ProxyError as error:

@@ -261,7 +261,7 @@ class Fit:
             try:
                 ready = await renderer.rendered(request, past.window, past.left_out, way)
             except InvalidRequest as refused:
-                log.warning("upstream '%s' cannot be asked: %s", way.upstream.settings.name, refused.message)
+                log.warning("upstream '%s' cannot be asked: %s", way.upstream.settings.name, refused.logged)
             else:
                 is_ready = True
         self.body, self.ignored = ready.rendered.body, ready.ignored

@@ -11,9 +11,11 @@ import logging
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from settings import ServerSettings, SettingsError
@@ -82,35 +84,69 @@ def _identity(path: str) -> tuple[int, int] | None:
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
+ABOUT_UPGRADES = frozenset((b"connection", b"http2-settings", b"upgrade"))
+
+
 class HeadLimit(HttpToolsProtocol):
-    """Refuses a head that is too large, before it is kept; the server itself has no limit with this parser."""
+    """Refuses a head that is too large, before it is kept; the server itself has no limit with this parser.
+
+    An upgrade to anything but a WebSocket is left alone, as RFC 9110, section 7.8, allows: the parser, which would take
+    the body for what comes after the upgrade, reads such a head again without it.
+    """
 
     _is_in_head = True
+    _is_in_body = False
     _is_too_large = False
-    # What came since the read in which the head began, that read included; and how much came in this read.
+    # What came of the head at least, and what came last; which may begin with the end of another request.
     _came_bytes = 0
-    _read_bytes = 0
+    _read = b""
+    _is_mixed = False
+    _is_left_alone = False
 
     def data_received(self, data: bytes) -> None:
-        self._read_bytes = len(data)
+        self._read, self._is_mixed = data, self._is_in_body
         self._came_bytes += len(data)
         super().data_received(data)
+        self._read = b""
         if self._is_in_head and self._came_bytes > HEAD_BYTES and not self.transport.is_closing():
             self._refuse()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_head = True
-        self._came_bytes = self._read_bytes
+        self._came_bytes = 0 if self._is_mixed else len(self._read)
 
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        if self._came_bytes > HEAD_BYTES and self._head_bytes() > HEAD_BYTES:
+        self._is_in_head, self._is_in_body = False, True
+        if self._came_bytes + len(self._read) > HEAD_BYTES and self._head_bytes() > HEAD_BYTES:
             self._is_too_large = True
-            raise ValueError(
-                "the head of a request is too large"
-            )  # ends the parser, which asks for `send_400_response`
-        super().on_headers_complete()
+            raise ValueError("the head of a request is too large")  # the parser then asks for `send_400_response`
+        self._is_left_alone = self._is_foreign_upgrade()
+        if not self._is_left_alone:
+            super().on_headers_complete()
+
+    def _is_foreign_upgrade(self) -> bool:
+        """A CONNECT is one, too, for the parser; it is refused by the application."""
+        return self.parser.should_upgrade() and not self._should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def on_message_complete(self) -> None:
+        self._is_in_body, self._is_mixed = False, True
+        if not self._is_left_alone:
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The server calls it where the parser has stopped, which tells how much of the read was the head."""
+        stopped = sys.exception()
+        if not (self._is_left_alone and isinstance(stopped, httptools.HttpParserUpgrade)):
+            super()._unsupported_upgrade_warning()
+            return
+        rest = self._read[stopped.args[0] :]
+        head = head_without_upgrade(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
+        self._is_left_alone = False
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # of older parsers; as the server sets it
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(head + rest)
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -125,6 +161,15 @@ class HeadLimit(HttpToolsProtocol):
         log.warning("the head of a request has more than %d bytes", HEAD_BYTES)
         self.transport.write(TOO_LARGE)
         self.transport.close()
+
+
+def head_without_upgrade(method: bytes, url: bytes, version: str, headers: list[tuple[bytes, bytes]]) -> bytes:
+    tokens = [token.strip() for name, value in headers if name == b"connection" for token in value.lower().split(b",")]
+    kept = [(name, value) for name, value in headers if name not in ABOUT_UPGRADES]
+    if b"close" in tokens:
+        kept.append((b"connection", b"close"))
+    lines = b"".join(b"%b: %b\r\n" % header for header in kept)
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (method, url, version.encode(), lines)
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -123,8 +123,9 @@ HOP_BY_HOP = frozenset(
     (b"connection", b"http2-settings", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
 PROXY = b"proxy-"
-# What is written anew (the length), answered here (Expect), or meant for this host and no other (cookies).
-NOT_SENT = frozenset((b"content-length", b"cookie", b"expect", b"host"))
+# What is written anew (the length), answered or judged here (Expect, the page that asks), or meant for this host and
+# no other (cookies).
+NOT_SENT = frozenset((b"content-length", b"cookie", b"expect", b"host", b"origin", b"referer"))
 CREDENTIALS = frozenset((b"api-key", b"authorization", b"x-api-key", b"x-goog-api-key"))
 # What the server writes itself, and what a backend says of its own host.
 NOT_GIVEN = frozenset((b"alt-svc", b"date", b"set-cookie"))

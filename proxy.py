@@ -67,7 +67,7 @@ class Application:
                 self._served = with_cors(served, settings.server.cors_origins)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
-        except SettingsError as error:
+        except (SettingsError, StoreError) as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.shutdown.complete"})

@@ -71,23 +71,31 @@ class Readiness:
         self._store_state = state
 
     async def _look_at(self, upstream: Upstream) -> None:
-        """A refusal is an answer: lists of models need not be there, nor be for everybody."""
+        """A refusal is an answer: lists of models need not be there, nor be for everybody.
+
+        One that is late once may be busy with answers: it is late twice in a row before it counts.
+        """
         name = upstream.settings.name
+        was_in_time = name in self._answering and self._states[name] != TOO_LATE
         state, is_answering = OK, True
         try:
             async with asyncio.timeout(LOOK_S):
                 await upstream.probe()
         except TimeoutError:
-            state, is_answering = TOO_LATE, False
+            state, is_answering = TOO_LATE, was_in_time
         except ProxyError as error:
             state = _said(error)
-            is_answering = isinstance(error, UpstreamRefused) and error.http_status < 500
+            is_answering = was_in_time if state == TOO_LATE else _is_answer(error)
         _tell_change(f"upstream '{name}'", self._states[name], state)
         self._states[name] = state
         self._answering = self._answering | {name} if is_answering else self._answering - {name}
 
     async def close(self) -> None:
         await self._looks.close()
+
+
+def _is_answer(error: ProxyError) -> bool:
+    return isinstance(error, UpstreamRefused) and error.http_status < 500
 
 
 def _said(error: ProxyError) -> str:

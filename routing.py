@@ -106,7 +106,7 @@ class Upstreams:
     def falls_back(self, upstream: Upstream, to: Upstream, error: UpstreamError) -> None:
         """Notes that a request goes on with another backend: all of them pass here."""
         names = (upstream.settings.name, to.settings.name)
-        log.warning("upstream '%s' has failed, '%s' is asked in its place: %s", *names, error.message)
+        log.warning("upstream '%s' has failed, '%s' is asked in its place: %s", *names, error.logged)
         self._observer.fell_back(*names, error)
 
     async def look(self) -> None:

@@ -213,7 +213,7 @@ def tell_settings(settings: Settings) -> None:
     """What this process works with, for whoever reads its log: one line each."""
     for upstream in settings.upstream:
         served = ", ".join((*upstream.models, *upstream.aliases)) or "every model that no other one serves"
-        log.info("upstream '%s': %s, for %s", upstream.name, _without_login(upstream.base_url), served)
+        log.info("upstream '%s': %s, for %s", upstream.name, without_login(upstream.base_url), served)
     path, days = settings.store.path, settings.store.retention_days
     kept = f"for {days:g} days" if days else "for ever"
     log.info("store: %s", f"{Path(path).absolute()}, kept {kept}" if path != IN_MEMORY else "in memory, until the end")
@@ -225,6 +225,6 @@ def tell_settings(settings: Settings) -> None:
         log.info("web pages: %s", ", ".join(settings.server.cors_origins))
 
 
-def _without_login(url: str) -> str:
+def without_login(url: str) -> str:
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

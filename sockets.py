@@ -118,9 +118,8 @@ def steer_failed(raw: bytes, limits: RequestLimits) -> Event:
     """Every `response.steer` is refused, and its input given back. Source: ResponseSteerFailedEvent."""
     body = parse_body(raw, limits)
     given, target = body.get("input"), body.get("previous_response_id")
-    is_valid = isinstance(target, str) and isinstance(given, str | list)
     code, message = ("steering_not_supported", "Responses cannot be steered here: send it with the next one.")
-    if not is_valid:
+    if not (isinstance(target, str) and isinstance(given, str | list)):
         code, message = ("invalid_input", "Expected 'previous_response_id' and 'input'.")
     return {
         "type": "response.steer.failed",
@@ -234,6 +233,7 @@ class Connection:
         self._lanes = StreamLanes(settings.queued, means.most_waiting_bytes)
         self._memory = Memory(caller.owner, settings.memory_bytes)
         self._ending: Ending | None = None
+        self._is_refusing = False
         self._is_over = asyncio.Event()
 
     async def serve(self) -> None:
@@ -279,9 +279,11 @@ class Connection:
 
     async def _begin_to_end(self, ending: Ending) -> None:
         """What runs goes on; what waits is refused."""
-        self._ending = ending
-        for request in self._lanes.emptied():
+        waiting = self._lanes.emptied()
+        self._ending, self._is_refusing = ending, True
+        for request in waiting:
             await self._refuse(ending.error, request.stream_id)
+        self._is_refusing = False
         self._look_around()
 
     async def _take(self, message: Message) -> None:
@@ -314,7 +316,7 @@ class Connection:
         """Begins what can begin; a connection that is to end does so when nothing runs."""
         while request := self._lanes.next():
             self._group.create_task(self._answer(request))
-        if self._ending is not None and not self._lanes.running:
+        if self._ending is not None and not self._lanes.running and not self._is_refusing:
             self._is_over.set()
 
     # -- one response --------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ class Connection:
             await self._respond(request, self._memory.lane(request.stream_id))
         except ProxyError as error:
             if error.http_status >= 500:
-                log.warning("%s: %s", request_id, error.message)
+                log.warning("%s: %s", request_id, error.logged)
             await self._refuse(error, request.stream_id)
         except ClientGone:
             raise

@@ -95,6 +95,8 @@ async def keep_learned(store: Store, counter: Counter) -> None:
             await store.keep_learned(facts)
         except StoreError as error:
             log.warning("what was learned of models could not be kept: %s", error.message)
+        except Exception:
+            log.exception("what was learned of models could not be kept")
 
 
 async def purge(store: Store, settings: StoreSettings, now: float) -> Purged:

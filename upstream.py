@@ -31,13 +31,14 @@ from logs import REQUEST_ID
 from looks import Look
 from observing import Call, Observer, Place
 from refusals import LATER, NEVER_LATER_CODES, Mend, mend_for, raise_if_error, refusal, retry_after_s
-from relaying import LARGE_BODY_BYTES, Outgoing, Relay, Relayed
+from relaying import CLOSED_WITHIN_S, LARGE_BODY_BYTES, Outgoing, Relay, Relayed
 from silence import StreamLimits
 from upstream_errors import UpstreamBroken, UpstreamError, UpstreamGarbled, UpstreamTimeout, UpstreamUnreachable
 
 Json = dict[str, Any]
 Headers = Mapping[str, str]
 NOTHING_PASSED: Headers = MappingProxyType({})
+NO_MENDS: frozenset[Mend] = frozenset()
 log = logging.getLogger("responses_proxy.upstream")
 
 # How long after a look that found nothing the next one is made, and after one that found something.
@@ -124,8 +125,8 @@ class Upstream:
         self._looks = Look(self._look)
         self._told_windows = ToldWindows()
         self._count_again_at = 0.0
-        # Spellings that this backend was found to want.
-        self._mends: list[Mend] = []
+        # Model -> spellings that it was found to want; only models that the backend has answered for.
+        self._mends: dict[str, frozenset[Mend]] = {}
 
     def _make_headers(self) -> CIMultiDict[str]:
         headers = CIMultiDict({"Content-Type": "application/json"})
@@ -257,7 +258,7 @@ class Upstream:
                     return 200, orjson.loads(await answer.read())
         except TimeoutError:
             return NOT_IN_TIME, None
-        except (aiohttp.ClientError, OSError, orjson.JSONDecodeError):
+        except (aiohttp.ClientError, OSError, orjson.JSONDecodeError, UpstreamBroken):
             return 0, None
         answer.close()
         return answer.status, None
@@ -332,13 +333,15 @@ class Upstream:
         attempt = 0
         headers = self._headers_for(call.passed)
         tried: list[Mend] = []
-        for known in self._mends:
-            body = known(body)
+        known = self._mends.get(body.get("model", ""), NO_MENDS)
+        for learned in known:
+            body = learned(body)
         while True:
             call.sent()
             try:
                 answer = await self._send("POST", "/chat/completions", orjson.dumps(body), headers)
-                self._mends += tried
+                if tried:  # one that is tried again takes a learned one back
+                    self._mends[body.get("model", "")] = known.symmetric_difference(tried)
                 return answer
             except UpstreamError as error:
                 mend = mend_for(body, error)
@@ -378,12 +381,18 @@ class Upstream:
         return answer
 
     async def _request(self, method: str, url: str, data: bytes | None, headers: Headers) -> aiohttp.ClientResponse:
-        """Asks again at once when a connection from the pool turned out to be closed by the backend."""
+        """Asks again at once when a connection from the pool turned out to be closed by the backend.
+
+        Raises: UpstreamBroken for one that was closed later, so that the request may have been carried out.
+        """
+        asked_at = loop_time()
         try:
             return await self._request_once(method, url, data, headers)
         except aiohttp.ClientConnectorError:
             raise
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if loop_time() - asked_at > CLOSED_WITHIN_S:
+                raise UpstreamBroken(f"Upstream '{self.settings.name}' broke off before it answered.") from error
             return await self._request_once(method, url, data, headers)
 
     async def _request_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
@@ -289,5 +290,57 @@ async def test_a_large_body_is_no_large_head_and_each_head_is_counted_by_itself(
         await wire.say(GET)
         await other.say(GET + b"\r\n")
         assert await other.status() == b"200"  # so the half of a head before it was read
+        await wire.say(b"\r\n")
+        assert await wire.status() == b"200"
+
+
+# -- upgrades that nobody carries out ----------------------------------------------------------------------------------
+
+ASKED = json.dumps({"model": "m", "input": "Hi"}).encode()
+H2C = (
+    b"POST /v1/responses HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+    b"http2-settings: AAEA\r\ncontent-type: application/json\r\n"
+)
+SIZED = H2C + b"content-length: %d\r\n\r\n" % len(ASKED)
+CHUNKED = H2C + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(ASKED), ASKED)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [SIZED + ASKED],
+        [SIZED, ASKED],
+        [SIZED, ASKED[:5], ASKED[5:]],
+        [H2C[:40], SIZED[40:] + ASKED[:3], ASKED[3:]],
+        [CHUNKED],
+    ],
+    ids=["at once", "head and body", "a body in pieces", "a head in pieces", "chunked"],
+)
+async def test_an_upgrade_to_http_2_is_left_alone_and_its_body_is_read(app: App, pieces: list[bytes]) -> None:
+    """As Java's own client asks on every first request."""
+    async with Wire(app) as wire:
+        for piece in pieces:
+            await wire.say(piece)
+        assert await wire.status() == b"200"
+        await wire.say(GET + b"\r\n")
+        assert await wire.status() == b"200"
+
+
+async def test_the_body_of_an_upgrade_is_no_request(app: App) -> None:
+    hidden = GET + b"\r\n"
+    async with Wire(app) as wire:
+        await wire.say(H2C + b"content-length: %d\r\n\r\n" % len(hidden))
+        await wire.say(hidden)
+        assert await wire.status() == b"400"
+        await wire.say(b"GET /v1/responses/resp_1 HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert await wire.status() == b"404"
+
+
+async def test_the_head_behind_a_large_body_is_counted_by_itself(app: App) -> None:
+    body = b"x" * (HEAD_BYTES + 2000)
+    async with Wire(app) as wire:
+        await wire.say(b"POST /v1/responses HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+        await wire.say(body + GET)
+        assert await wire.status() == b"400"
         await wire.say(b"\r\n")
         assert await wire.status() == b"200"

@@ -103,6 +103,7 @@ def test_headers_between_neighbours_stay_behind() -> None:
 
 def test_what_is_for_this_host_is_not_sent_on() -> None:
     pairs = [(b"host", b"h"), (b"content-length", b"3"), (b"expect", b"100-continue"), (b"cookie", b"a=b")]
+    pairs += [(b"origin", b"https://page.example"), (b"referer", b"https://page.example/chat")]
     assert sent_headers(pairs, with_credentials=True) == []
 
 

@@ -146,6 +146,17 @@ async def test_a_backend_that_takes_too_long_is_not_ready(
     assert (status, told["upstreams"]) == (503, {"default": "no answer in time"})
 
 
+async def test_a_backend_that_is_late_once_may_be_busy_and_one_that_is_late_twice_is_not_ready(
+    app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (await readyz(app))[0] == 200
+    silent = refused(404, "No.")
+    silent.before = asyncio.Event()
+    monkeypatch.setattr(backend, "_looked_up", lambda request: silent)
+    monkeypatch.setattr("readiness.LOOK_S", 0.05)
+    assert [(await readyz(app))[0] for _ in range(3)] == [200, 503, 503]
+
+
 async def test_a_change_is_logged_once(
     app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

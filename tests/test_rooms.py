@@ -97,7 +97,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "stored": (7, 400, {"msgspec", "orjson"}),
     "windows": (7, 150, {"msgspec"}),
     "settings": (7, 250, {"msgspec"}),
-    "listening": (8, 200, {"uvicorn"}),
+    "listening": (8, 200, {"httptools", "uvicorn"}),
     "upkeep": (8, 150, set()),
     "services": (8, 300, set()),
     "edge": (8, 450, {"msgspec", "orjson", "starlette"}),

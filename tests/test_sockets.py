@@ -8,7 +8,8 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -22,9 +23,14 @@ from socket_client import PATH, Json, Socket, connected, handshake_refused
 from test_metrics import reached, values
 from test_observing import PARENT, STATE, moved
 
-from auth import new_key
+from auth import Caller, new_key
+from metrics import Metrics
+from observing import Observer
 from proxy import server_config
+from request import RequestLimits
+from sockets import STOPPING, Client, Connection, SocketMeans, WebSocketSettings
 from stream_lanes import AT_ONCE, NAMED_LANES
+from turns import Turns
 
 HASTY = {"created_after_ms": 1}
 PATIENT = {"created_after_ms": 60_000}
@@ -813,3 +819,63 @@ async def test_a_client_that_does_not_read_holds_the_backend_back(app: App, back
     assert 0 < sent < pieces / 2
     writer.transport.abort()
     assert await request.is_let_go()
+
+
+# -- what waits when a connection ends ---------------------------------------------------------------------------------
+
+
+class Told:
+    """A turn that goes on when it is told to."""
+
+    ignored = ()
+
+    def __init__(self, goes_on: asyncio.Event) -> None:
+        self._goes_on = goes_on
+
+    async def accept(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def events(self) -> AsyncIterator[list[Json]]:
+        yield [{"type": "response.created"}]
+        await self._goes_on.wait()
+        yield [{"type": "response.completed"}]
+
+
+async def test_all_that_waits_is_refused_also_where_what_runs_ends_meanwhile() -> None:
+    goes_on, heard = asyncio.Event(), asyncio.Queue[Json]()
+    said: list[str] = []
+
+    async def prepare(asked: Any) -> Told:
+        return Told(goes_on)
+
+    async def send(message: Json) -> None:
+        said.append(json.loads(message["text"])["type"] if "text" in message else message["type"])
+        if said == ["response.created"]:
+            heard.put_nowait({"type": STOPPING})
+        if said == ["response.created", "error"]:
+            goes_on.set()
+        for _ in range(20):  # a client that takes its time, so that the others get on
+            await asyncio.sleep(0)
+
+    for number in range(5):
+        body = {"type": "response.create", "model": "m", "input": str(number), "store": False}
+        heard.put_nowait({"type": "websocket.receive", "text": json.dumps(body)})
+    turns = cast(Turns, SimpleNamespace(prepare=prepare))
+    means = SocketMeans(turns, WebSocketSettings(), RequestLimits(), 1 << 20, str, None, Observer(Metrics()))
+    async with asyncio.timeout(DEADLINE_S):
+        await Connection(means, Caller("o"), Client(heard.get, send)).serve()
+    assert sorted(said[:-1]) == ["error"] * 4 + ["response.completed", "response.created"]
+    assert said[-1] == "websocket.close"
+
+
+async def test_the_log_does_not_quote_what_a_backend_repeats(
+    app: App, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    backend.script(refused(500, "You said: sesame"))
+    async with connected(app) as client:
+        await client.create("sesame")
+        assert "sesame" in (await client.hear())["error"]["message"]
+    assert "answered 500" in caplog.text
+    assert "sesame" not in caplog.text

@@ -17,7 +17,7 @@ import orjson
 import pytest
 from aioresponses import aioresponses
 from conftest import llamacpp_server
-from scripted import DEADLINE_S, DONE, Backend, Script, chunk, plain, sse, streamed
+from scripted import DEADLINE_S, DONE, END, Backend, Script, chunk, plain, refused, sse, streamed
 from wire_reader import transcript
 from yarl import URL
 
@@ -200,6 +200,39 @@ async def test_the_spelling_that_was_taken_is_used_from_then_on(connect: Connect
         for _ in range(2):
             await upstream.complete({**BODY, "max_tokens": 7})
         assert asked(http)[2] == {**BODY, "max_completion_tokens": 7}
+
+
+async def test_each_model_of_a_backend_has_its_own_spelling(connect: Connect) -> None:
+    both = ["max_tokens", "max_completion_tokens"]
+    with Answers() as http:
+        for name in both:
+            http.post(CHAT, status=400, payload=error_of(f"Unsupported parameter: '{name}'."))
+            http.post(CHAT, payload=COMPLETION)
+        http.post(CHAT, payload=COMPLETION, repeat=True)
+        upstream = connect()
+        for model, sent in zip("abab", both * 2, strict=True):
+            await upstream.complete({**BODY, "model": model, sent: 7})
+        assert asked(http)[4:] == [
+            {**BODY, "model": "a", "max_completion_tokens": 7},
+            {**BODY, "model": "b", "max_tokens": 7},
+        ]
+
+
+async def test_two_requests_that_learn_a_spelling_at_once_learn_it_once(connect: Connect, backend: Backend) -> None:
+    goes_on = asyncio.Event()
+    refusals = [refused(400, "Unsupported parameter: 'max_tokens'.") for _ in range(2)]
+    for refusal in refusals:
+        refusal.before = goes_on
+    backend.script(*refusals, plain())
+    upstream = connect(backend.url)
+    asking = [asyncio.create_task(upstream.complete({**BODY, "max_tokens": 7})) for _ in range(2)]
+    for _ in asking:
+        await backend.received()
+    goes_on.set()
+    await asyncio.gather(*asking)
+    await upstream.complete({**BODY, "max_tokens": 7})
+    assert len(backend.requests) == 5
+    assert backend.requests[-1].body == {**BODY, "max_completion_tokens": 7}
 
 
 async def test_two_spellings_of_one_request_are_both_tried(connect: Connect) -> None:
@@ -550,6 +583,36 @@ async def test_a_connection_that_the_backend_closed_meanwhile_is_replaced_at_onc
         upstream = connect(base_url=f"http://127.0.0.1:{port}/v1", retries=0)
         body = {**BODY, "last": "hi"}
         assert [await upstream.complete(body) for _ in range(2)] == [COMPLETION, COMPLETION]
+
+
+async def test_what_breaks_off_later_may_have_been_carried_out_and_is_not_asked_again(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    monkeypatch.setattr("upstream.CLOSED_WITHIN_S", 0.0)
+    async with await asyncio.start_server(break_off, "127.0.0.1", 0) as listener:
+        upstream = connect(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1", retries=2)
+        with pytest.raises(UpstreamBroken, match="broke off before it answered"):
+            await upstream.complete(BODY)
+    assert len(calls) == 1
+
+
+async def test_a_reader_who_takes_its_time_is_no_silence_of_the_backend(connect: Connect, backend: Backend) -> None:
+    goes_on = asyncio.Event()
+    backend.script(Script([chunk(content="Hi"), goes_on, chunk(content="!"), *END]))
+    stream = await connect(backend.url, idle_timeout_s=TINY_S).stream(BODY)
+    batches = aiter(stream)
+    assert await anext(batches)
+    await asyncio.sleep(3 * TINY_S)  # what the backend would not have been given
+    goes_on.set()
+    assert [batch async for batch in batches]
+    assert stream.done
+    stream.close()
 
 
 async def test_a_connection_is_used_again_after_a_refusal(connect: Connect, server: Server) -> None:
