@@ -1,6 +1,6 @@
 """What becomes of each request parameter, as the code acts on it and as the support matrix says it.
 
-Source: ResponseCreateParams of the openai SDK 3.52 and the Open Responses schema, read 2026-11-20.
+Source: ResponseCreateParams of the openai SDK 3.54 and the Open Responses schema, read 2026-11-20.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ REQUEST_FIELDS: dict[str, Field] = {
     "previous_response_id": Field("emulated", "the chain's items come before `input`; any response can be continued"),
     "conversation": Field("emulated", "its items come before `input`; input and output join it"),
     "background": Field("emulated", "queued in the store, and carried out whoever stays connected"),
+    "background_options": Field("left out", "named; a run begins as soon as it can"),
     "prompt": Field("refused", "stored prompt templates live at OpenAI; 400"),
     "context_management": Field("emulated", "a `compaction` entry: from its threshold on, the window is compacted"),
     "moderation": Field("left out", "named"),

@@ -175,7 +175,8 @@ def test_the_node_clients_that_were_tried_are_the_pinned_ones() -> None:
 
 def test_the_python_clients_that_were_tried_are_the_required_ones() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
-    parts = [re.split(r"(?:\[\w+\])?[>=]=", each) for each in (*extras["clients"], *extras["test"])]
+    wanted = [each.partition(",")[0] for each in (*extras["clients"], *extras["test"])]
+    parts = [re.split(r"(?:\[\w+\])?[>=]=", each) for each in wanted]
     required = {
         name: version for name, version in (each for each in parts if len(each) == 2) if name in tried("Python")
     }
