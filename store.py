@@ -10,7 +10,10 @@ import os
 import sqlite3
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
 
 import facts
 import reads
@@ -36,6 +39,25 @@ class StoreSettings:
     synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
     retention_days: float = 30.0
     busy_timeout_s: float = 5.0
+    # Of a database:
+    pool_size: Annotated[int, msgspec.Meta(ge=1)] = 10
+    prepared_statements: bool = True
+    connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    statement_timeout_s: float = 30.0
+
+
+def is_database(path: str) -> bool:
+    """Whether the store is a database of PostgreSQL, not a file."""
+    return path.startswith(("postgresql://", "postgres://"))
+
+
+def shown(path: str) -> str:
+    """A store as messages name it: of a database without user, password and options."""
+    if not is_database(path):
+        return path
+    parts = urlsplit(path)
+    name = parts.path if "@" not in parts.path + parts.query + parts.fragment else ""  # else cut in a password
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{name}"
 
 
 async def open_store(settings: StoreSettings) -> SQLiteStore:

@@ -120,23 +120,23 @@ def settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
 
 
 def newest_compaction(turn: NewTurn) -> int | None:
-    found = _last_compaction(turn.outputs, OUTPUTS_AT)
-    return _last_compaction(turn.inputs) if found is None else found
+    found = last_compaction(turn.outputs, OUTPUTS_AT)
+    return last_compaction(turn.inputs) if found is None else found
 
 
-def _last_compaction(items: tuple[NewItem, ...], start: int = 0) -> int | None:
+def last_compaction(items: tuple[NewItem, ...], start: int = 0) -> int | None:
     return next((start + n for n in reversed(range(len(items))) if items[n].is_compaction), None)
 
 
 def insert_items(db: sqlite3.Connection, numbered: list[tuple[int, NewItem]], response_id: str) -> None:
-    rows = [(seq, _kind(item), item.body) for seq, item in numbered]
+    rows = [(seq, kind_of(item), item.body) for seq, item in numbered]
     db.executemany("INSERT INTO item VALUES (?,?,0,?)", rows)
     ids = [(item.id, seq) for seq, item in numbered if response_of(item.id) != response_id]
     if ids:
         db.executemany("INSERT INTO item_id VALUES (?,?)", ids)
 
 
-def _kind(item: NewItem) -> int:
+def kind_of(item: NewItem) -> int:
     if item.is_hidden:
         return HIDDEN
     return COMPACTION if item.is_compaction else LISTED if item.is_listed else UNLISTED
@@ -151,7 +151,7 @@ def keep_ahead(owner: str, response_id: str, blob: bytes, of: list[bytes] | None
 def _append(db: sqlite3.Connection, owner: str, thread: int, items: tuple[NewItem, ...], now: float) -> None:
     newest = db.execute(NEWEST, (thread,)).fetchone()
     depth = newest[2] + 1 if newest else 0
-    own = ("completed", int(now), None, None, _last_compaction(items), b"", None)
+    own = ("completed", int(now), None, None, last_compaction(items), b"", None)
     row = (None, owner, thread, depth, None, None, *own)
     seq = db.execute(INSERT_TURN, row).lastrowid or 0
     insert_items(db, list(enumerate(items, seq * PLACES)), "")

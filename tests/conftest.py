@@ -100,6 +100,14 @@ async def running_app(settings: Settings) -> AsyncIterator[App]:
             yield App(url, client, http)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def postgres_ends() -> Iterator[None]:
+    """The server that the tests of stores have started, if any has."""
+    yield
+    if server := sys.modules.get("postgres_server"):
+        server.end()
+
+
 @pytest.fixture
 async def backend() -> AsyncIterator[Backend]:
     async with Backend().running() as backend:

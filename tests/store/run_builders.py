@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from store_builders import NOW, OWNER, turn
+from store_builders import NOW, OWNER, counts_in, turn
 
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, Run, RunStore, Stopped, Tail
 from verbs import NewTurn
@@ -147,10 +146,9 @@ def numbered(*numbers: int) -> list[str]:
     return [f"{number}." for number in numbers]
 
 
-def run_rows_in(path: Path) -> dict[str, int]:
+def run_rows_in(place: Path | str) -> dict[str, int]:
     """How many rows the tables have where a background response leaves some."""
-    with closing(sqlite3.connect(path)) as connection:
-        return {table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in RUN_TABLES}
+    return counts_in(place, RUN_TABLES)
 
 
 def lengths_in(connection: sqlite3.Connection) -> dict[str, int]:

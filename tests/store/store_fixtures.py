@@ -12,26 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres_server import emptied
 from store_builders import OpenStore
 
 from store import StoreSettings, open_store
+from store_postgres import open_store as open_postgres_store
 from verbs import Store
 
 
-async def open_file(path: Path) -> Store:
-    return await open_store(StoreSettings(path=str(path)))
+async def open_any(path: Path | str, **settings: Any) -> Store:
+    opening = open_store if isinstance(path, Path) else open_postgres_store
+    return await opening(StoreSettings(**{"path": str(path), **settings}))
 
 
 async def open_memory(_path: Path) -> Store:
     return await open_store(StoreSettings(path=":memory:"))
 
 
-OPEN: dict[str, Callable[[Path], Awaitable[Store]]] = {"file": open_file, "memory": open_memory}
+async def open_postgres(_path: Path) -> Store:
+    return await open_any(emptied())
+
+
+OPEN: dict[str, Callable[[Path], Awaitable[Store]]] = {
+    "file": open_any,
+    "memory": open_memory,
+    "postgres": open_postgres,
+}
 
 
 @pytest.fixture
 def store_path(tmp_path: Path) -> Path:
     return tmp_path / "responses.db"
+
+
+@pytest.fixture(params=["file", "postgres"])
+def place(request: pytest.FixtureRequest, store_path: Path) -> Path | str:
+    """Where a store is that several may share: a file, or an empty database."""
+    return store_path if request.param == "file" else emptied()
 
 
 @pytest.fixture(params=sorted(OPEN))
@@ -48,6 +65,19 @@ async def open_at(store_path: Path) -> AsyncIterator[OpenStore]:
 
         async def open_it(**settings: Any) -> Store:
             store = await open_store(StoreSettings(**{"path": str(store_path), **settings}))
+            stack.push_async_callback(store.close)
+            return store
+
+        yield open_it
+
+
+@pytest.fixture
+async def open_in(place: Path | str) -> AsyncIterator[OpenStore]:
+    """As `open_at`, on a store of any kind that several may share."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_it(**settings: Any) -> Store:
+            store = await open_any(place, **settings)
             stack.push_async_callback(store.close)
             return store
 

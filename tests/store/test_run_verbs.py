@@ -47,6 +47,7 @@ from store_builders import (
     NOW,
     OWNER,
     STRANGER,
+    asked,
     both_of,
     compaction,
     conversation,
@@ -396,8 +397,8 @@ async def test_runs_have_numbers_of_their_own(store: RunStore) -> None:
     assert second.held.run > first.held.run
 
 
-async def test_many_who_claim_at_once_share_the_runs(open_at: OpenRunStore) -> None:
-    stores = [await open_at() for _ in range(4)]
+async def test_many_who_claim_at_once_share_the_runs(open_in: OpenRunStore) -> None:
+    stores = [await open_in() for _ in range(4)]
     await admit(stores[0], *(queued(f"t{number}") for number in range(40)))
     found = await asyncio.gather(*(claim_ids(each, 3, f"p{n}") for n in range(5) for each in stores))
     assert sorted(turn_id for claimed in found for turn_id in claimed) == sorted(f"t{number}" for number in range(40))
@@ -974,8 +975,8 @@ async def test_a_sweep_forgets_one_log_and_leaves_the_others(store: RunStore) ->
     assert [await store.tail(OWNER, turn_id, -1) is None for turn_id in "abc"] == [False, True, False]
 
 
-async def test_a_sweep_forgets_hundreds_of_logs_and_brief_responses(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_sweep_forgets_hundreds_of_logs_and_brief_responses(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     names = [f"t{number}" for number in range(250)]
     await asyncio.gather(*(admit(store, brief(name), batch=batch(0)) for name in names))
     runs = await claim(store)
@@ -983,9 +984,9 @@ async def test_a_sweep_forgets_hundreds_of_logs_and_brief_responses(open_at: Ope
         *(store.settle(run.held, ending(turn(run.response_id, is_brief=True, is_detached=True))) for run in runs)
     )
     await sweep(store, NOW + LOG_S)
-    assert run_rows_in(store_path) | {"log": 0, "event": 0} == run_rows_in(store_path)
+    assert run_rows_in(place) | {"log": 0, "event": 0} == run_rows_in(place)
     await sweep(store, NOW + BRIEF_S)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -1042,8 +1043,8 @@ async def test_states_of_a_forgotten_log_have_no_number(store: RunStore) -> None
     assert await store.states(["a"]) == {"a": ("completed", None)}
 
 
-async def test_the_version_differs_when_another_connection_has_written(open_at: OpenRunStore) -> None:
-    one, two = await open_at(), await open_at()
+async def test_the_version_differs_when_another_connection_has_written(open_in: OpenRunStore) -> None:
+    one, two = await open_in(), await open_in()
     held = await begin(one, queued("a"), batch=batch(0))
     seen = [await two.version()]
     for write in (one.log(held, batch(1)), cancel(one, "a"), one.delete_response(OWNER, "a", NOW)):
@@ -1052,8 +1053,8 @@ async def test_the_version_differs_when_another_connection_has_written(open_at: 
     assert len(set(seen)) == 4
 
 
-async def test_the_version_stays_while_nobody_writes(open_at: OpenRunStore) -> None:
-    one, two = await open_at(), await open_at()
+async def test_the_version_stays_while_nobody_writes(open_in: OpenRunStore) -> None:
+    one, two = await open_in(), await open_in()
     await admit(one, queued("a"), batch=batch(0))
     seen = await two.version()
     await one.tail(OWNER, "a", -1)
@@ -1068,8 +1069,8 @@ async def test_the_version_can_be_asked_beside_other_reads(store: RunStore) -> N
     assert results[1::2] == [{"a": ("queued", None)}] * 20
 
 
-async def test_the_version_of_a_closed_store_is_refused(open_at: OpenRunStore) -> None:
-    store = await open_at()
+async def test_the_version_of_a_closed_store_is_refused(open_in: OpenRunStore) -> None:
+    store = await open_in()
     await store.close()
     with pytest.raises(StoreError):
         await store.version()
@@ -1278,15 +1279,15 @@ async def test_a_run_that_joined_is_held_by_its_conversation(store: RunStore) ->
 
 
 async def test_a_run_that_joined_leaves_no_rows_of_its_place_in_the_queue(
-    open_at: OpenRunStore, store_path: Path
+    open_in: OpenRunStore, place: Path | str
 ) -> None:
-    store = await open_at()
+    store = await open_in()
     await begin_talk(store, "c.1")
     held = await begin(store, in_talk("a"), batch=batch(0))
     await store.save(joined("b"))
     await store.settle(held, ending(joined("a")))
     expected = {"turn": 3, "item": 5, "item_id": 5, "thread": 1, "run": 0, "log": 1, "event": 1, "queue": 0}
-    assert run_rows_in(store_path) == expected
+    assert run_rows_in(place) == expected
 
 
 async def test_a_run_gives_the_lock_of_its_conversation_back(store: RunStore) -> None:
@@ -1472,12 +1473,11 @@ async def test_the_log_of_a_cancelled_response_can_be_read_until_its_time(store:
     assert await store.tail(OWNER, "a", 0) is None
 
 
-async def test_what_a_cancelled_run_was_to_do_is_erased_at_once(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_what_a_cancelled_run_was_to_do_is_erased_at_once(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await begin(store, queued("a"), request=b"secret request", bearer="sealed key")
     await cancel(store, "a")
-    with closing(sqlite3.connect(store_path)) as connection:
-        assert connection.execute("SELECT request, bearer FROM run").fetchall() == [(b"", None)]
+    assert asked(place, "SELECT request, bearer FROM run") == [(b"", None)]
 
 
 async def test_cancelled_runs_do_not_hinder_the_round(store: RunStore) -> None:
@@ -1491,38 +1491,38 @@ async def test_cancelled_runs_do_not_hinder_the_round(store: RunStore) -> None:
 
 
 async def test_a_running_response_that_is_deleted_is_stopped_and_its_log_erased(
-    open_at: OpenRunStore, store_path: Path
+    open_in: OpenRunStore, place: Path | str
 ) -> None:
-    store = await open_at()
+    store = await open_in()
     held = await begin(store, queued("a"), batch=batch(0))
     await store.log(held, batch(1))
     assert await store.delete_response(OWNER, "a", NOW) is True
-    assert run_rows_in(store_path) == {**NO_ROWS, "run": 1}
+    assert run_rows_in(place) == {**NO_ROWS, "run": 1}
     assert await store.held("me") == await store.runs() == []
     assert await store.log(held, batch(2)) is False
     assert await store.settle(held, ending(turn("a"), batch(2))) is False
     assert await store.is_held(held.run) is True
     await store.let_go(held)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
-async def test_a_queued_response_that_is_deleted_leaves_nothing(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_queued_response_that_is_deleted_leaves_nothing(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await admit(store, queued("a"), batch=batch(0))
     await store.delete_response(OWNER, "a", NOW)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
     assert await claim(store) == []
 
 
-async def test_an_ended_response_that_is_deleted_takes_its_log_with_it(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_an_ended_response_that_is_deleted_takes_its_log_with_it(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await admit(store, queued("a"), queued("b"), batch=batch(0, 2))
     for run in await claim(store):
         await store.settle(run.held, ending(turn(run.response_id), batch(2)))
     await store.delete_response(OWNER, "a", NOW)
     assert await all_events(store, "b") == numbered(0, 1, 2)
     await store.delete_response(OWNER, "b", NOW)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 async def test_an_old_run_touches_nothing_of_a_new_one_on_the_row_of_its_response(store: RunStore) -> None:
@@ -1584,8 +1584,8 @@ async def test_a_deleted_parent_leaves_its_waiting_child_what_it_was_given(store
     assert await input_ids(store, "c") == ["a.in", "a.out", "b.in", "c.in"]
 
 
-async def test_a_purge_of_an_old_background_response_erases_its_log(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_purge_of_an_old_background_response_erases_its_log(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     held = await begin(store, queued("a", created_at=100), batch=batch(0))
     await store.settle(held, ending(turn("a", created_at=100), batch(1)))
     await begin(store, queued("b", created_at=300), batch=batch(0))
@@ -1593,7 +1593,7 @@ async def test_a_purge_of_an_old_background_response_erases_its_log(open_at: Ope
     assert await all_events(store, "b") == numbered(0)
     await store.delete_response(OWNER, "b", NOW)
     await sweep(store, EXPIRED)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 @pytest.mark.parametrize("is_claimed", [False, True])
@@ -1647,16 +1647,16 @@ async def test_a_brief_response_can_be_cancelled(store: RunStore) -> None:
 
 
 async def test_a_brief_response_lives_until_its_time_and_leaves_nothing(
-    open_at: OpenRunStore, store_path: Path
+    open_in: OpenRunStore, place: Path | str
 ) -> None:
-    store = await open_at()
+    store = await open_in()
     held = await begin(store, brief("a"), batch=batch(0))
     await store.settle(held, ending(brief_end("a"), batch(1)))
     await sweep(store, NOW + BRIEF_S - 0.001)
     assert await store.response(OWNER, "a") == kept(turn("a"))
     await sweep(store, NOW + BRIEF_S)
     assert await store.response(OWNER, "a") is None
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 async def test_a_brief_response_lives_as_long_as_its_run(store: RunStore) -> None:
@@ -1678,10 +1678,10 @@ async def test_an_ordinary_response_outlives_the_time_of_brief_ones(store: RunSt
     assert await response_ids(store) == ["a", "b"]
 
 
-async def test_a_brief_child_leaves_the_chain_as_it_was(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_brief_child_leaves_the_chain_as_it_was(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await save_chain(store, "a")
-    before = run_rows_in(store_path)
+    before = run_rows_in(place)
     held = await begin(store, brief("b", "a"))
     await save_chain(store, "c", after="a")
     assert await input_ids(store, "b") == ["a.in", "a.out", "b.in"]
@@ -1689,14 +1689,14 @@ async def test_a_brief_child_leaves_the_chain_as_it_was(open_at: OpenRunStore, s
     await sweep(store, NOW + BRIEF_S)
     assert await window_ids(store, "c") == both_of("a", "c")
     await store.delete_response(OWNER, "c", NOW)
-    assert run_rows_in(store_path) == before
+    assert run_rows_in(place) == before
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled", "deleted"])
 async def test_the_settings_of_a_brief_response_go_with_it_and_no_others(
-    open_at: OpenRunStore, store_path: Path, end: str
+    open_in: OpenRunStore, place: Path | str, end: str
 ) -> None:
-    store = await open_at()
+    store = await open_in()
     await save_chain(store, "z")
     held = await begin(store, brief("a"))
     if end in ("cancelled", "deleted"):
@@ -1705,59 +1705,59 @@ async def test_the_settings_of_a_brief_response_go_with_it_and_no_others(
         await store.settle(held, ending(brief_end("a", status=end, settings=b"{}")))
         assert await store.response(OWNER, "a") == kept(turn("a", status=end, settings=b"{}"))
     await sweep(store, NOW + BRIEF_S)
-    assert rows_in(store_path) == {"turn": 1, "item": 2, "item_id": 2, "thread": 1, "settings": 1}
+    assert rows_in(place) == {"turn": 1, "item": 2, "item_id": 2, "thread": 1, "settings": 1}
     assert await store.response(OWNER, "z") == kept(turn("z"))
 
 
-async def test_a_brief_run_of_a_conversation_joins_it_not(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_brief_run_of_a_conversation_joins_it_not(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await begin_talk(store, "c.1")
-    before = run_rows_in(store_path)
+    before = run_rows_in(place)
     held = await begin(store, brief("a", conversation_id="conv"))
     await store.settle(held, ending(brief_end("a", conversation_id="conv")))
     assert await conversation_ids(store) == ["c.1"]
     assert await input_ids(store, "a") == ["c.1", "a.in"]
     await sweep(store, NOW + BRIEF_S)
-    assert run_rows_in(store_path) == before
+    assert run_rows_in(place) == before
 
 
-async def test_a_brief_response_that_is_deleted_leaves_nothing(open_at: OpenRunStore, store_path: Path) -> None:
-    store = await open_at()
+async def test_a_brief_response_that_is_deleted_leaves_nothing(open_in: OpenRunStore, place: Path | str) -> None:
+    store = await open_in()
     await admit(store, brief("a"), batch=batch(0))
     assert await store.delete_response(OWNER, "a", NOW) is True
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 async def test_a_brief_child_keeps_its_deleted_parent_for_its_own_time_only(
-    open_at: OpenRunStore, store_path: Path
+    open_in: OpenRunStore, place: Path | str
 ) -> None:
-    store = await open_at()
+    store = await open_in()
     await save_chain(store, "a")
     held = await begin(store, brief("b", "a"))
     await store.delete_response(OWNER, "a", NOW)
     assert await input_ids(store, "b") == ["a.in", "a.out", "b.in"]
     await store.settle(held, ending(brief_end("b")))
     await sweep(store, NOW + BRIEF_S)
-    assert run_rows_in(store_path) == NO_ROWS
+    assert run_rows_in(place) == NO_ROWS
 
 
 # -- reopening, and several stores on one file -------------------------------------------------------------------------
 
 
-async def test_runs_and_logs_are_there_after_reopening(open_at: OpenRunStore) -> None:
-    store = await open_at()
+async def test_runs_and_logs_are_there_after_reopening(open_in: OpenRunStore) -> None:
+    store = await open_in()
     await admit(store, queued("a"), queued("b", "a"), batch=batch(0, 2))
     held = await claim_one(store, "a")
     before = await store.runs(), await store.queue(), await store.tail(OWNER, "a", -1)
     await store.close()
-    store = await open_at()
+    store = await open_in()
     assert (await store.runs(), await store.queue(), await store.tail(OWNER, "a", -1)) == before
     assert await store.settle(held, ending(turn("a"), batch(2))) is True
     assert await claim_ids(store, holder="you") == ["b"]
 
 
-async def test_one_store_cancels_what_another_carries_out(open_at: OpenRunStore) -> None:
-    one, two = await open_at(), await open_at()
+async def test_one_store_cancels_what_another_carries_out(open_in: OpenRunStore) -> None:
+    one, two = await open_in(), await open_in()
     held = await begin(one, queued("a"), batch=batch(0))
     stopped = await cancel(two, "a")
     assert stopped is not None
