@@ -27,6 +27,7 @@ from postgres_writes import (
 )
 from postgres_writes import ERASE_LOGS as ERASE_LOGS_OF
 from run_rows import BATCHES_AT_ONCE, FORGOTTEN_AT_ONCE, QUEUE_FULL_RETRY_S
+from run_tables import NUMBERS
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
 from schema import OUTPUTS_AT
 from verbs import locked, no_conversation, still_running
@@ -86,13 +87,15 @@ def _events(batch: Batch | None) -> dict[str, Any]:
 
 # -- claims ------------------------------------------------------------------------------------------------------------
 
+# How many runs of an owner others may be taking at the moment, without hiding those behind them.
+PASSED_OVER = 64
 # Owners take turns: first the next run of each, in the order in which they were served, then the one after it. Runs and
 # owners that somebody else is taking just now are left to them.
 CLAIM = Statement(
     f"""WITH ready AS MATERIALIZED (SELECT next.seq, next.place, queue.served FROM queue CROSS JOIN LATERAL
         (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM (SELECT run.seq FROM run
             WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
-            ORDER BY run.seq LIMIT :at_most::bigint) AS first) AS next),
+            ORDER BY run.seq LIMIT :at_most::bigint + {PASSED_OVER}) AS first) AS next),
     picked AS MATERIALIZED (SELECT run.seq, run.owner, ready.place, ready.served FROM ready
         JOIN run ON run.seq = ready.seq WHERE run.holder IS NULL AND run.waits_for IS NULL
         ORDER BY ready.place, ready.served LIMIT :at_most::bigint FOR UPDATE OF run SKIP LOCKED),
@@ -200,10 +203,10 @@ LOG = Statement(
 # From the batch that holds a given number on.
 TAIL = Statement(
     f"""SELECT turn.status, given.firsts, given.bodies FROM turn JOIN log ON log.turn = turn.seq CROSS JOIN LATERAL
-        (SELECT array_agg(some.first ORDER BY some.first) AS firsts, array_agg(some.body ORDER BY some.first) AS bodies
+        (SELECT array_agg(part.first ORDER BY part.first) AS firsts, array_agg(part.body ORDER BY part.first) AS bodies
         FROM (SELECT event.first, event.body FROM event WHERE event.run = log.run AND event.first >= coalesce(
             (SELECT max(held.first) FROM event AS held WHERE held.run = log.run AND held.first <= :wanted), 0)
-            ORDER BY event.first LIMIT {BATCHES_AT_ONCE}) AS some) AS given
+            ORDER BY event.first LIMIT {BATCHES_AT_ONCE}) AS part) AS given
     WHERE {OWN}"""
 )
 STATES = Statement(
@@ -219,7 +222,7 @@ async def log(db: Asked, held: Held, batch: Batch) -> bool:
 
 
 async def tail(db: Asked, owner: str, response_id: str, after: int) -> Tail | None:
-    row = await db.row(TAIL, {"owner": owner, "id": response_id, "wanted": max(after + 1, 0)})
+    row = await db.row(TAIL, {"owner": owner, "id": response_id, "wanted": min(max(after + 1, 0), NUMBERS)})
     if row is None:
         return None
     batches = list(zip(row["firsts"] or [], row["bodies"] or [], strict=True))
@@ -257,7 +260,7 @@ END = f"""shared AS (INSERT INTO settings (digest, model, body) SELECT
     new AS (UPDATE turn SET status = :status, completed_at = :completed_at, body = :body,
             settings = CASE WHEN old.lives_until IS NULL THEN :digest::bytea ELSE :own_digest::bytea END,
             compaction = coalesce(:compaction, turn.compaction), thread = old.thread, depth = old.tip,
-            lives_until = CASE WHEN old.lives_until IS NOT NULL THEN :lives_until END{{more}}
+            lives_until = CASE WHEN old.lives_until IS NOT NULL THEN :lives_until::double precision END{{more}}
         FROM old WHERE turn.seq = old.seq RETURNING turn.seq),
     unshared AS (DELETE FROM settings USING old, new
         WHERE old.lives_until IS NOT NULL AND digest = old.settings AND digest <> :own_digest::bytea),

@@ -59,50 +59,66 @@ def postgres_url() -> str:
     url = f"{server}{'&' if '?' in server else '?'}search_path={schema}"
     _ask(server, f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}")
     ENDS.append(partial(_ask, server, f"DROP SCHEMA {schema} CASCADE"))
-    _in_a_loop_of_its_own(_open(url))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, _open(url)).result()
     return url
 
 
 def emptied() -> str:
     """The address of a store with nothing in it. Skips the test where there is no server."""
     url = postgres_url()
-    _ask(url, "; ".join(f"DELETE FROM {table}" for table in reversed(TABLES)))
+    _cleaner(url).do("; ".join(f"DELETE FROM {table}" for table in reversed(TABLES)))
     return url
 
 
-def rows_of(url: str, query: str) -> list[Any]:
-    """What a query finds, asked beside the store."""
-    return [tuple(row) for row in _in_a_loop_of_its_own(_fetch(url, query))]
+@cache
+def _cleaner(url: str) -> Beside:
+    """One connection for all tests."""
+    beside = Beside(url)
+    ENDS.append(beside.close)
+    return beside
+
+
+class Beside:
+    """A connection beside the store, on a loop and a thread of its own, so that it can be asked without awaiting."""
+
+    def __init__(self, url: str) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._runner = asyncio.Runner()
+        try:
+            self._connection = self._run(asyncpg.connect(url))
+        except BaseException:
+            self._close_loop()
+            raise
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._thread.submit(self._runner.run, work).result()
+
+    def do(self, statements: str) -> None:
+        self._run(self._connection.execute(statements))
+
+    def asked(self, query: str) -> list[Any]:
+        return [tuple(row) for row in self._run(self._connection.fetch(query))]
+
+    def close(self) -> None:
+        self._run(self._connection.close())
+        self._close_loop()
+
+    def _close_loop(self) -> None:
+        self._thread.submit(self._runner.close).result()
+        self._thread.shutdown()
 
 
 async def _open(url: str) -> None:
     await (await open_store(StoreSettings(path=url))).close()
 
 
-async def _fetch(url: str, query: str) -> Any:
-    connection = await asyncpg.connect(url)
-    try:
-        return await connection.fetch(query)
-    finally:
-        await connection.close()
-
-
-async def _execute(url: str, statements: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute(statements)
-    finally:
-        await connection.close()
-
-
 def _ask(url: str, statements: str) -> None:
-    _in_a_loop_of_its_own(_execute(url, statements))
-
-
-def _in_a_loop_of_its_own(work: Coroutine[Any, Any, T]) -> T:
-    """Also where a loop runs: on another thread."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+    beside = Beside(url)
+    try:
+        beside.do(statements)
+    finally:
+        beside.close()
 
 
 # -- the server of the package -----------------------------------------------------------------------------------------

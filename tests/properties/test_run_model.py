@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from store_places import FilePlace, PostgresPlace
 
 from errors import InvalidRequest, NotFound, QueueFull, StillRunning
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, RunInfo
-from store import StoreSettings, open_store
 from verbs import Conversation, NewItem, NewTurn, Page
 
 T = TypeVar("T")
@@ -89,7 +86,9 @@ def batch_of(first: int, count: int, mark: str = "") -> tuple[Batch, list[str]]:
 
 
 class RunMachine(RuleBasedStateMachine):
-    """Three processes on one file: each holder has a store of its own."""
+    """Three processes on one store: each holder opens it for itself."""
+
+    Place: type[FilePlace | PostgresPlace] = FilePlace
 
     @initialize()
     def begin(self) -> None:
@@ -101,12 +100,10 @@ class RunMachine(RuleBasedStateMachine):
         self.talk: list[Job] | None = []
         self.ended: dict[str, str] = {}
         self.runner = asyncio.Runner()
-        self.directory = tempfile.TemporaryDirectory()
-        self.path = Path(self.directory.name) / "responses.db"
-        opening = [open_store(StoreSettings(path=str(self.path))) for _ in HOLDERS]
+        self.place = self.Place()
+        opening = [self.place.open() for _ in HOLDERS]
         self.stores = dict(zip(HOLDERS, [self.run(each) for each in opening], strict=True))
         self.store = self.stores["p0"]
-        self.rows = sqlite3.connect(self.path, isolation_level=None)
         self.run(self.store.create_conversation("ann", Conversation("talk", 1, b"{}"), ()))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -508,14 +505,14 @@ class RunMachine(RuleBasedStateMachine):
     def the_queue_is_counted_right(self) -> None:
         if not hasattr(self, "store"):
             return
-        lengths = dict(self.rows.execute("SELECT owner, length FROM queue").fetchall())
-        (rows,) = self.rows.execute("SELECT count(*) FROM run").fetchone()
+        lengths = dict(self.place.asked(self.place.LENGTHS))
+        ((rows,),) = self.place.asked("SELECT count(*) FROM run")
         assert lengths == dict(self.waiting)
         assert self.owners_in_round() == self.line
         assert rows == sum(job.has_run or job.is_held_stopped for job in self.jobs)
 
     def owners_in_round(self) -> list[str]:
-        return [owner for (owner,) in self.rows.execute("SELECT owner FROM queue ORDER BY served")]
+        return [owner for (owner,) in self.place.asked(self.place.ROUND)]
 
     # -- the end
 
@@ -553,8 +550,7 @@ class RunMachine(RuleBasedStateMachine):
             self.run(self.store.delete_response(job.owner, job.id, self.now))
         self.run(self.store.delete_conversation("ann", "talk", self.now))
         self.run(self.store.purge(0, self.now))
-        rows = {name: self.rows.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in TABLES}
-        assert rows == dict.fromkeys(TABLES, 0)
+        assert self.place.counts(TABLES) == dict.fromkeys(TABLES, 0)
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):
@@ -564,11 +560,10 @@ class RunMachine(RuleBasedStateMachine):
             self.finish()
             self.empty()
         finally:
-            self.rows.close()
             for store in self.stores.values():
                 self.run(store.close())
             self.runner.close()
-            self.directory.cleanup()
+            self.place.close()
 
 
 # Time enough to shrink what is found.
@@ -579,3 +574,11 @@ TestRunModel.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+class PostgresMachine(RunMachine):
+    Place = PostgresPlace
+
+
+TestPostgresModel = pytest.mark.timeout(360)(PostgresMachine.TestCase)
+TestPostgresModel.settings = settings(TestRunModel.settings, max_examples=20)

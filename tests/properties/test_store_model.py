@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import sqlite3
-import tempfile
 from collections.abc import Coroutine
-from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from store_places import FilePlace, PostgresPlace
 
 from errors import InvalidRequest
-from store import StoreSettings, open_store
 from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Window
 
 T = TypeVar("T")
@@ -86,6 +82,8 @@ def bodies(items: list[NewItem]) -> list[bytes]:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    Place: type[FilePlace | PostgresPlace] = FilePlace
+
     @initialize()
     def begin(self) -> None:
         self.numbers = itertools.count(1)
@@ -93,9 +91,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.nodes: list[Node] = []
         self.talks: dict[str, tuple[str, list[Node]]] = {}
         self.runner = asyncio.Runner()
-        self.directory = tempfile.TemporaryDirectory()
-        self.path = Path(self.directory.name) / "responses.db"
-        self.store = self.run(open_store(StoreSettings(path=str(self.path))))
+        self.place = self.Place()
+        self.store = self.run(self.place.open())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
@@ -363,8 +360,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(await self.store.items(owner, sorted(all_ids))) == found
 
     def rows(self) -> dict[str, int]:
-        with closing(sqlite3.connect(self.path)) as connection:
-            return {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in TABLES}
+        return self.place.counts(TABLES)
 
     def check_rows(self) -> None:
         """The rows of a turn stay while it or a descendant lives, or its conversation does."""
@@ -391,7 +387,7 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             self.run(self.store.close())
             self.runner.close()
-            self.directory.cleanup()
+            self.place.close()
 
 
 # Time enough to shrink what is found.
@@ -402,3 +398,11 @@ TestStoreModel.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+class PostgresMachine(StoreMachine):
+    Place = PostgresPlace
+
+
+TestPostgresModel = pytest.mark.timeout(360)(PostgresMachine.TestCase)
+TestPostgresModel.settings = settings(TestStoreModel.settings, max_examples=20)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
-from store_builders import NOW, OWNER, counts_in, turn
+from store_builders import NOW, OWNER, Place, turn
 
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, Run, RunStore, Stopped, Tail
 from verbs import NewTurn
@@ -146,9 +145,9 @@ def numbered(*numbers: int) -> list[str]:
     return [f"{number}." for number in numbers]
 
 
-def run_rows_in(place: Path | str) -> dict[str, int]:
+def run_rows_in(place: Place) -> dict[str, int]:
     """How many rows the tables have where a background response leaves some."""
-    return counts_in(place, RUN_TABLES)
+    return place.counts(RUN_TABLES)
 
 
 def lengths_in(connection: sqlite3.Connection) -> dict[str, int]:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Literal
 
 import msgspec
-from postgres_server import rows_of
+from store_places import FilePlace, PostgresPlace
 
 from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Store, Window
 
@@ -24,6 +24,7 @@ DEADLINE_S = 50.0
 ALL_ASC, ALL_DESC = Page(limit=1000, order="asc"), Page(limit=1000)
 TABLES = ("turn", "item", "item_id", "thread", "settings")
 
+Place = FilePlace | PostgresPlace
 OpenStore = Callable[..., Awaitable[Store]]
 GiveItems = Callable[[Page], Awaitable[Listed[bytes] | None]]
 
@@ -160,27 +161,9 @@ async def walk_back(give: GiveItems, limit: int, order: Literal["asc", "desc"], 
             return found[:-1]
 
 
-# What a database counts where a SQLite file has a table: it keeps no row of an id, and an owner's until a purge.
-COUNTED = {"item_id": "item WHERE is_foreign", "queue": "(SELECT owner FROM run WHERE holder IS NULL GROUP BY 1) AS _"}
-
-
-def asked(place: Path | str, query: str) -> list[Any]:
-    """What is in a store of any kind that several may share."""
-    if isinstance(place, str):
-        return rows_of(place, query)
-    with closing(sqlite3.connect(place)) as connection:
-        return connection.execute(query).fetchall()
-
-
-def counts_in(place: Path | str, tables: Iterable[str]) -> dict[str, int]:
+def rows_in(place: Place) -> dict[str, int]:
     """How many rows some tables have."""
-    counted = COUNTED if isinstance(place, str) else {}
-    counts = ", ".join(f"(SELECT count(*) FROM {counted.get(table, table)})" for table in tables)
-    return dict(zip(tables, asked(place, f"SELECT {counts}")[0], strict=True))
-
-
-def rows_in(place: Path | str) -> dict[str, int]:
-    return counts_in(place, TABLES)
+    return place.counts(TABLES)
 
 
 def files_in(directory: Path) -> dict[str, bytes]:

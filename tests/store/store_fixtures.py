@@ -7,34 +7,32 @@ above, and two modules of one name are not to be had.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from postgres_server import emptied
-from store_builders import OpenStore
+from store_builders import OpenStore, Place
+from store_places import FilePlace, PostgresPlace
 
 from store import StoreSettings, open_store
-from store_postgres import open_store as open_postgres_store
 from verbs import Store
-
-
-async def open_any(path: Path | str, **settings: Any) -> Store:
-    opening = open_store if isinstance(path, Path) else open_postgres_store
-    return await opening(StoreSettings(**{"path": str(path), **settings}))
 
 
 async def open_memory(_path: Path) -> Store:
     return await open_store(StoreSettings(path=":memory:"))
 
 
+async def open_file(path: Path) -> Store:
+    return await FilePlace(path).open()
+
+
 async def open_postgres(_path: Path) -> Store:
-    return await open_any(emptied())
+    return await PostgresPlace().open()
 
 
 OPEN: dict[str, Callable[[Path], Awaitable[Store]]] = {
-    "file": open_any,
+    "file": open_file,
     "memory": open_memory,
     "postgres": open_postgres,
 }
@@ -46,9 +44,11 @@ def store_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["file", "postgres"])
-def place(request: pytest.FixtureRequest, store_path: Path) -> Path | str:
+def place(request: pytest.FixtureRequest, store_path: Path) -> Iterator[Place]:
     """Where a store is that several may share: a file, or an empty database."""
-    return store_path if request.param == "file" else emptied()
+    place = FilePlace(store_path) if request.param == "file" else PostgresPlace()
+    yield place
+    place.close()
 
 
 @pytest.fixture(params=sorted(OPEN))
@@ -72,12 +72,12 @@ async def open_at(store_path: Path) -> AsyncIterator[OpenStore]:
 
 
 @pytest.fixture
-async def open_in(place: Path | str) -> AsyncIterator[OpenStore]:
+async def open_in(place: Place) -> AsyncIterator[OpenStore]:
     """As `open_at`, on a store of any kind that several may share."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_it(**settings: Any) -> Store:
-            store = await open_any(place, **settings)
+            store = await place.open(**settings)
             stack.push_async_callback(store.close)
             return store
 
