@@ -1,0 +1,154 @@
+"""What statements of PostgreSQL do to each other that begin before the other has ended, from two stores on one database.
+
+On SQLite there is one writer, so nothing of this can happen there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from random import Random
+
+import pytest
+from run_builders import UNLIMITED, admit, cancel, claim, ending, new_run, queued, sweep
+from store_builders import NOW, OWNER, both_of, conversation, ids_in, input_ids, message, save_chain, turn, window_ids
+from store_places import PostgresPlace
+
+from errors import InvalidRequest, ProxyError
+from run_verbs import QueueLimits, RunStore
+from verbs import Lock, conversation_lease
+
+pytest_plugins = ["store_fixtures"]
+
+Stores = list[RunStore]
+
+
+@pytest.fixture
+async def stores() -> AsyncIterator[Stores]:
+    """Two processes' worth of connections, which leave nothing behind that a statement must not."""
+    place = PostgresPlace()
+    stores = [await place.open(pool_size=6) for _ in range(2)]
+    yield stores
+    assert await stores[0].problems() == []
+    for store in stores:
+        await store.close()
+    place.close()
+
+
+async def test_of_children_that_come_at_once_each_has_its_parents_window_and_its_own(stores: Stores) -> None:
+    await save_chain(stores[0], "root")
+    for number in range(10):
+        children = [f"c{number}.{place}" for place in range(8)]
+        await asyncio.gather(*(stores[n % 2].save(turn(child, "root")) for n, child in enumerate(children)))
+        for child in children:
+            await save_chain(stores[0], f"{child}.next", after=child)
+            assert await window_ids(stores[1], f"{child}.next") == both_of("root", child, f"{child}.next")
+
+
+async def test_children_that_come_while_their_parent_goes_are_refused_or_whole(stores: Stores) -> None:
+    one, two = stores
+    for number in range(40):
+        parent, child = f"p{number}", f"c{number}"
+        await one.save(turn(parent))
+        saving = asyncio.create_task(one.save(turn(child, parent)))
+        deleting = asyncio.create_task(two.delete_response(OWNER, parent, NOW))
+        (refused, _) = await asyncio.gather(saving, deleting, return_exceptions=True)
+        assert refused is None or isinstance(refused, InvalidRequest)
+        assert await window_ids(one, child) == (None if refused else both_of(parent, child))
+
+
+async def test_runs_that_are_admitted_while_their_parent_ends_are_never_stuck(stores: Stores) -> None:
+    one, two = stores
+    for number in range(40):
+        parent, children = f"p{number}", [f"c{number}.{place}" for place in range(3)]
+        await admit(one, queued(parent))
+        (run,) = await claim(one, 1)
+        settling = one.settle(run.held, ending(turn(parent))) if number % 2 else cancel(one, parent)
+        admitting = [two.admit(new_run(queued(child, parent)), UNLIMITED) for child in children]
+        await asyncio.gather(settling, *admitting)
+        await one.let_go(run.held)
+        assert sorted(each.response_id for each in await claim(two)) == children
+        await sweep(one, 1e9)
+        for child in children:
+            await cancel(one, child)
+
+
+async def test_a_queue_that_many_fill_at_once_takes_no_more_than_its_limit(stores: Stores) -> None:
+    limits = QueueLimits(per_owner=7, total=11)
+    owners = [OWNER if number % 3 else "stranger" for number in range(40)]
+    admits = [
+        stores[n % 2].admit(new_run(queued(f"r{n}", owner=owner)), limits) for n, owner in enumerate(owners)
+    ]
+    await asyncio.gather(*admits, return_exceptions=True)
+    found = [run.owner for run in await stores[0].runs()]
+    assert (len(found), found.count(OWNER) <= 7, found.count("stranger") <= 7) == (11, True, True)
+
+
+async def test_a_run_is_claimed_once_by_many_at_once(stores: Stores) -> None:
+    await admit(stores[0], *(queued(f"r{number}", owner=f"o{number % 5}") for number in range(60)))
+    found = await asyncio.gather(*(claim(stores[n % 2], 4, f"p{n}") for n in range(30)))
+    ids = [run.response_id for runs in found for run in runs]
+    assert sorted(ids) == sorted(f"r{number}" for number in range(60))
+
+
+async def test_items_and_turns_of_a_conversation_have_one_order(stores: Stores) -> None:
+    await stores[0].create_conversation(OWNER, conversation(), ())
+
+    async def add(number: int) -> None:
+        with contextlib.suppress(ProxyError):  # locked
+            await stores[number % 2].add_items(OWNER, "conv", (message(f"i{number}"),), NOW)
+
+    async def take_turn(number: int) -> None:
+        lock = Lock(conversation_lease("conv"), f"holder {number}")
+        if await stores[number % 2].acquire(lock, NOW, NOW + 60):
+            before = await stores[1].conversation_window(OWNER, "conv")
+            await stores[number % 2].save(turn(f"t{number}", conversation_id="conv", lock=lock))
+            assert before is not None
+            assert await input_ids(stores[0], f"t{number}") == [*ids_in(before.items), f"t{number}.in"]
+
+    await asyncio.gather(*(work(number) for number in range(30) for work in (add, take_turn)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_meets_nothing_is_torn_and_nothing_stuck(stores: Stores, seed: int) -> None:
+    random = Random(seed)
+    names = [f"r{number}" for number in range(12)]
+    await stores[0].create_conversation(OWNER, conversation(), ())
+
+    async def one_client(number: int) -> None:
+        store = stores[number % 2]
+        for step in range(12):
+            with contextlib.suppress(InvalidRequest):
+                await something(store, f"n{number}.{step}")
+
+    async def something(store: RunStore, new: str) -> None:
+        name, dice = random.choice(names), random.random()
+        if dice < 0.25:
+            await store.save(turn(new, random.choice([name, None])))
+        elif dice < 0.5:
+            talk = {"conversation_id": "conv"} if random.random() < 0.4 else {"previous_id": name}
+            await store.admit(new_run(queued(new, **talk)), UNLIMITED)  # type: ignore[arg-type]
+        elif dice < 0.7:
+            for run in await claim(store, 2):
+                await store.settle(run.held, ending(turn(run.response_id)))
+        elif dice < 0.8:
+            await cancel(store, name)
+        elif dice < 0.9:
+            await store.delete_response(OWNER, name, NOW)
+        elif dice < 0.95:
+            await store.release_runs("me")
+        else:
+            await store.purge(random.choice([0, 1500]), NOW)
+        names.append(new)
+
+    await asyncio.gather(*(one_client(number) for number in range(10)))
+    await stores[0].release_runs("me")
+    await sweep(stores[0], 1e9)
+    while runs := await claim(stores[1], 5):
+        for run in runs:
+            assert await stores[1].settle(run.held, ending(turn(run.response_id))) is True
+    assert await stores[0].runs() == []
+    for name in names:
+        await stores[0].delete_response(OWNER, name, NOW)
+    await stores[0].delete_conversation(OWNER, "conv", NOW)
