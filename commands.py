@@ -14,10 +14,11 @@ from collections.abc import Callable
 from auth import new_key
 from errors import ProxyError
 from jobs import CLEAR, jobs_table
-from keys import rotate_keys
+from keys import fresh_key, rotate_keys
 from routing import Upstreams
 from services import key_file_of, opened_store, without_login
 from settings import Settings, SettingsError
+from store import is_database, shown
 from upkeep import purge
 from upstream import Upstream
 from vocabulary import VOCABULARIES, VocabularyError, fetch
@@ -39,7 +40,7 @@ async def check_store(settings: Settings) -> int:
     """Prints what is damaged in the store; 1 when something is."""
     async with contextlib.AsyncExitStack() as stack:
         problems = await (await opened_store(settings, stack)).problems()
-    print("\n".join(problems) or f"{settings.store.path}: ok")
+    print("\n".join(problems) or f"{shown(settings.store.path)}: ok")
     return 1 if problems else 0
 
 
@@ -47,7 +48,7 @@ async def purge_once(settings: Settings) -> int:
     """The command `purge`, for a timer of the system."""
     async with contextlib.AsyncExitStack() as stack:
         purged = await purge(await opened_store(settings, stack), settings.store, time.time())
-    print(f"{settings.store.path}: {purged.responses} responses purged, {purged.freed_bytes} bytes given back")
+    print(f"{shown(settings.store.path)}: {purged.responses} responses purged, {purged.freed_bytes} bytes given back")
     return 0
 
 
@@ -72,6 +73,9 @@ def print_key(settings: Settings, word: str | None) -> int:
 def rotate(settings: Settings, word: str | None) -> int:
     """The command `keys rotate`: puts a fresh sealing key first. Raises: SettingsError."""
     key_file = key_file_of(settings)
+    if is_database(settings.store.path) and not settings.sealing.keys:
+        print(f"a store in a database has no key file: put this key into sealing.keys of every process\n{fresh_key()}")
+        return 0
     try:
         print(rotate_keys(settings.sealing.keys, key_file))
     except ValueError as error:

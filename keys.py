@@ -69,14 +69,20 @@ class KeyFile:
 # -- making and rotating -----------------------------------------------------------------------------------------------
 
 
+def fresh_key() -> str:
+    """As the settings have it."""
+    return base64.b64encode(os.urandom(KEY_BYTES)).decode()
+
+
 def rotate_keys(given: Sequence[str], key_file: Path | None) -> str:
     """Puts a fresh key before the others, and says what was done; the key is shown only where no file keeps it.
 
     Raises: ValueError where there is nothing to rotate, or a malformed key; OSError for a file that resists.
     """
     if given:
-        key = base64.b64encode(os.urandom(KEY_BYTES)).decode()
-        return f"sealing.keys is set, so no key file is used: put this key first there, before the others\n{key}"
+        return (
+            f"sealing.keys is set, so no key file is used: put this key first there, before the others\n{fresh_key()}"
+        )
     if key_file is None:
         raise ValueError("store.path: ':memory:' has no key file to rotate; name a file, or set sealing.keys")
     if not key_file.exists() and _make(key_file):

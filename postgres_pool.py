@@ -43,7 +43,7 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
 FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 # Two statements met: what one of them has read is not so any more. Tried again, it sees what the other one did.
 RACES = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.ForeignKeyViolationError)
-RACED_CONSTRAINTS = {"turn_place"}
+RACED_CONSTRAINTS = frozenset({"turn_place"})
 
 
 def store_error(error: BaseException, what: str = "The store of responses") -> StoreError:
@@ -53,6 +53,12 @@ def store_error(error: BaseException, what: str = "The store of responses") -> S
     refusal.retry_after_s = RETRY_AFTER_S
     refusal.__cause__ = error
     return refusal
+
+
+def _is_race(error: BaseException) -> bool:
+    if isinstance(error, asyncpg.UniqueViolationError):
+        return error.constraint_name in RACED_CONSTRAINTS
+    return isinstance(error, RACES)
 
 
 class Statement:
@@ -131,18 +137,14 @@ class Database:
 
     async def _again(self, work: Work[T]) -> T:
         """Raises: StoreError."""
-        try:
-            for _ in range(ATTEMPTS - 1):
-                try:
-                    return await self._once(work)
-                except RACES:
-                    continue
-                except asyncpg.UniqueViolationError as error:
-                    if error.constraint_name not in RACED_CONSTRAINTS:
-                        raise
-            return await self._once(work)
-        except FAILURES as error:
-            raise store_error(error) from error
+        attempts = ATTEMPTS
+        while True:
+            attempts -= 1
+            try:
+                return await self._once(work)
+            except FAILURES as error:
+                if not attempts or not _is_race(error):
+                    raise store_error(error) from error
 
     async def _once(self, work: Work[T]) -> T:
         if self._is_closed:

@@ -131,14 +131,14 @@ OF_MODEL = f"AND {LASTING} AND (:model::text IS NULL OR settings.model = :model:
 LISTED_RESPONSE = Statement(RESPONSE + OF_MODEL + "AND turn.id = :id")
 RESPONSES = "AND turn.id IS NOT NULL AND turn.seq BETWEEN :first AND :last ORDER BY turn.seq {order} LIMIT :at_most"
 RESPONSES_IN = {order: Statement(RESPONSE + OF_MODEL + RESPONSES.format(order=order)) for order in ("asc", "desc")}
-CONVERSATION = Statement(
-    "SELECT thread, id, created_at, metadata FROM conversation WHERE id = :id AND owner = :owner"
-)
+CONVERSATION = Statement("SELECT thread, id, created_at, metadata FROM conversation WHERE id = :id AND owner = :owner")
 FIRST_USE = Statement(
     """SELECT digest, response FROM first_use JOIN turn ON turn.id = response
     WHERE first_use.owner = :owner AND key = :key AND until_at > :now::double precision AND turn.deleted_at IS NULL"""
 )
-SIZE = Statement("SELECT sum(pg_total_relation_size(name::regclass))::bigint AS bytes FROM unnest(:tables::text[]) name")
+SIZE = Statement(
+    "SELECT sum(pg_total_relation_size(name::regclass))::bigint AS bytes FROM unnest(:tables::text[]) name"
+)
 # What no statement may leave behind, and no constraint can refuse.
 PROBLEMS = Statement(
     """SELECT 'thread ' || thread.seq || ' does not end with its newest turn' AS problem FROM thread

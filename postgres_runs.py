@@ -244,7 +244,9 @@ async def version(db: Asked) -> int:
 CLAIMED = f"""claimed AS MATERIALIZED (SELECT run.seq, run.turn FROM run WHERE {OF_CLAIM} AND NOT run.is_stopped
         FOR UPDATE OF run)"""
 OLD = "SELECT turn.* FROM turn JOIN claimed ON claimed.turn = turn.seq"
-STANDING = f"before AS (SELECT 1 FROM claimed), old AS MATERIALIZED (SELECT turn.*, turn.depth AS tip FROM ({OLD}) AS turn)"
+STANDING = (
+    f"before AS (SELECT 1 FROM claimed), old AS MATERIALIZED (SELECT turn.*, turn.depth AS tip FROM ({OLD}) AS turn)"
+)
 # A turn at the end of its conversation leaves the place where it was queued, which stood by itself.
 JOINING = f"""before AS MATERIALIZED (SELECT conversation.thread FROM conversation, claimed
         WHERE id = :conversation AND owner = :owner FOR KEY SHARE OF conversation), {ALLOWED},
@@ -289,9 +291,7 @@ STOP = Statement(
 )
 STILL_HELD = Statement("SELECT max(seq) AS run FROM run WHERE turn = :turn AND is_stopped")
 OVER_LOGS = Statement("SELECT turn FROM log WHERE until_at <= :now LIMIT :at_most")
-OVER_BRIEF = Statement(
-    "SELECT seq, thread FROM turn WHERE lives_until <= :now AND deleted_at IS NULL LIMIT :at_most"
-)
+OVER_BRIEF = Statement("SELECT seq, thread FROM turn WHERE lives_until <= :now AND deleted_at IS NULL LIMIT :at_most")
 
 
 async def settle(db: Asked, held: Held, ending: Ending) -> bool:

@@ -227,14 +227,14 @@ async def update_conversation(
     return await conversation(db, owner, conversation_id)
 
 
-async def add_items(
-    db: Transaction, owner: str, conversation_id: str, items: tuple[NewItem, ...], now: float
-) -> bool:
+async def add_items(db: Transaction, owner: str, conversation_id: str, items: tuple[NewItem, ...], now: float) -> bool:
     held = await db.row(HOLD_CONVERSATION, {"owner": owner, "id": conversation_id})
     if held is None:
         return False
     is_mine = await _hold(db, conversation_id, now)
-    taken = {each.id for each in await items_with(db, [item.id for item in items], held["thread"]) if not each.is_removed}
+    taken = {
+        each.id for each in await items_with(db, [item.id for item in items], held["thread"]) if not each.is_removed
+    }
     for item in items:
         if item.id in taken:
             raise repeated(item.id)

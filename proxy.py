@@ -34,6 +34,7 @@ from outermost import Outermost, with_cors
 from services import opened, version
 from settings import Settings, SettingsError, load_settings, settings_of_environ
 from sockets import STOPPING
+from store import is_database
 from upkeep import STOP_SIGNALS
 from vocabulary import VOCABULARIES
 
@@ -228,7 +229,7 @@ def run_command(args: argparse.Namespace, settings: Settings) -> int:
     if args.command in COMMANDS_ALONE:
         return COMMANDS_ALONE[args.command](settings, args.word)
     if args.command in ("purge", "jobs") or (args.command == "check" and args.store is not None):
-        if not Path(settings.store.path).is_file():
+        if not is_database(settings.store.path) and not Path(settings.store.path).is_file():
             raise SettingsError(f"store.path: there is no file '{settings.store.path}'")
         if args.command == "jobs":
             return asyncio.run(show_jobs(settings, args.watch))

@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,7 +37,7 @@ from sealing import Seals
 from settings import Settings, SettingsError
 from sockets import SocketMeans, Sockets
 from sources import Ids, Sources
-from store import open_store
+from store import StoreSettings, is_database, open_store, shown
 from stored import Stored
 from tracing import Tracing
 from turns import Means, Turns
@@ -124,11 +124,25 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
 async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
     """Raises: SettingsError."""
     try:
-        store = await open_store(settings.store)
+        store = await opener_of(settings.store.path)(settings.store)
     except StoreError as error:
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
+
+
+def opener_of(path: str) -> Callable[[StoreSettings], Awaitable[RunStore]]:
+    """What opens a store of this kind. Raises: SettingsError for a database without the package that speaks to it."""
+    if not is_database(path):
+        return open_store
+    try:
+        found: Callable[[StoreSettings], Awaitable[RunStore]] = importlib.import_module("store_postgres").open_store
+    except ModuleNotFoundError as error:
+        needed = "pip install 'responses-proxy[postgres]'"
+        raise SettingsError(
+            f"store.path: a database needs the extra 'postgres': {needed} ({error.name} is missing)"
+        ) from error
+    return found
 
 
 def version() -> str:
@@ -165,6 +179,11 @@ async def make_counter(name: str) -> Counter:
 def make_seals(settings: Settings) -> Seals:
     """Raises: SettingsError."""
     given, key_file = settings.sealing.keys, key_file_of(settings)
+    if is_database(settings.store.path) and not given:
+        raise SettingsError(
+            "sealing.keys has to be set for a store in a database: all processes that share it need the same keys, and "
+            "there is no file beside it to keep them; 'responses-proxy keys rotate' makes one"
+        )
     try:
         keys = load_keys(given, key_file)
     except (ValueError, OSError) as error:
@@ -175,7 +194,7 @@ def make_seals(settings: Settings) -> Seals:
 def key_file_of(settings: Settings) -> Path | None:
     """Beside the store, where that is a file."""
     path = settings.store.path
-    return None if path == IN_MEMORY else Path(f"{path}.key")
+    return None if path == IN_MEMORY or is_database(path) else Path(f"{path}.key")
 
 
 async def make_services(settings: Settings, store: RunStore, means: Means) -> Services:
@@ -216,7 +235,8 @@ def tell_settings(settings: Settings) -> None:
         log.info("upstream '%s': %s, for %s", upstream.name, without_login(upstream.base_url), served)
     path, days = settings.store.path, settings.store.retention_days
     kept = f"for {days:g} days" if days else "for ever"
-    log.info("store: %s", f"{Path(path).absolute()}, kept {kept}" if path != IN_MEMORY else "in memory, until the end")
+    where = shown(path) if is_database(path) else Path(path).absolute()
+    log.info("store: %s", f"{where}, kept {kept}" if path != IN_MEMORY else "in memory, until the end")
     log.info("auth: %s", AUTH_MODES[settings.auth.mode].format(len(settings.auth.keys)))
     limits = {key: value for key, value in dataclasses.asdict(settings.limits).items() if key in QUOTA_KEYS and value}
     if limits:

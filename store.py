@@ -56,8 +56,9 @@ def shown(path: str) -> str:
     if not is_database(path):
         return path
     parts = urlsplit(path)
-    name = parts.path if "@" not in parts.path + parts.query + parts.fragment else ""  # else cut in a password
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{name}"
+    if "@" in parts.path + parts.query + parts.fragment:  # it was cut in a password, perhaps
+        return f"{parts.scheme}://…"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 async def open_store(settings: StoreSettings) -> SQLiteStore:

@@ -6,6 +6,7 @@ Each verb is one statement wherever it can be; the others are one transaction.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import postgres_writes as writes
 from errors import StoreError
 from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
 from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
-from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
+from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail
 from store import StoreSettings, shown
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
@@ -26,28 +27,31 @@ NAME = "responses-proxy"
 CACHED_STATEMENTS = 256
 
 
-async def open_store(settings: StoreSettings) -> PostgresStore:
+async def open_store(settings: StoreSettings) -> RunStore:
     """The store in a database, whose tables are made where there are none.
 
     Raises: StoreError when the database cannot be used.
     """
     what = f"'{shown(settings.path)}'"
+    async with contextlib.AsyncExitStack() as stack:
+        db = Database(await _connected(what, settings), settings.busy_timeout_s)
+        stack.push_async_callback(db.close)
+        await db.write(partial(_migrate, what))
+        stack.pop_all()
+    return PostgresStore(db)
+
+
+async def _connected(what: str, settings: StoreSettings) -> asyncpg.Pool:
+    """Raises: StoreError."""
     try:
-        pool = await _connected(settings)
+        return await _pool(settings)
     except (*FAILURES, ValueError) as error:
         refusal = store_error(error, what)
         refusal.__cause__ = None  # it may tell the address, and so a password
         raise refusal from None
-    db = Database(pool, settings.busy_timeout_s)
-    try:
-        await db.write(partial(_migrate, what))
-    except BaseException:
-        await db.close()
-        raise
-    return PostgresStore(db)
 
 
-async def _connected(settings: StoreSettings) -> asyncpg.Pool:
+async def _pool(settings: StoreSettings) -> asyncpg.Pool:
     # A compiler for queries that read much takes longer than any of these.
     session = {"application_name": NAME} | ({"jit": "off"} if settings.prepared_statements else {})
     pool: asyncpg.Pool = await asyncpg.create_pool(
@@ -77,7 +81,7 @@ async def _migrate(what: str, db: Transaction) -> None:
     if version == len(MIGRATIONS):
         return
     try:
-        for statement in (() if version is not None else (VERSION_TABLE, "INSERT INTO responses_proxy VALUES (0)")):
+        for statement in () if version is not None else (VERSION_TABLE, "INSERT INTO responses_proxy VALUES (0)"):
             await db.run(statement)
         for statement in (each for migration in MIGRATIONS[version or 0 :] for each in migration):
             await db.run(statement)

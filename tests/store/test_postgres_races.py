@@ -77,9 +77,7 @@ async def test_runs_that_are_admitted_while_their_parent_ends_are_never_stuck(st
 async def test_a_queue_that_many_fill_at_once_takes_no_more_than_its_limit(stores: Stores) -> None:
     limits = QueueLimits(per_owner=7, total=11)
     owners = [OWNER if number % 3 else "stranger" for number in range(40)]
-    admits = [
-        stores[n % 2].admit(new_run(queued(f"r{n}", owner=owner)), limits) for n, owner in enumerate(owners)
-    ]
+    admits = [stores[n % 2].admit(new_run(queued(f"r{n}", owner=owner)), limits) for n, owner in enumerate(owners)]
     await asyncio.gather(*admits, return_exceptions=True)
     found = [run.owner for run in await stores[0].runs()]
     assert (len(found), found.count(OWNER) <= 7, found.count("stranger") <= 7) == (11, True, True)

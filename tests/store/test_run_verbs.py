@@ -1279,9 +1279,7 @@ async def test_a_run_that_joined_is_held_by_its_conversation(store: RunStore) ->
     assert await store.response(OWNER, "a") == kept(turn("a"))
 
 
-async def test_a_run_that_joined_leaves_no_rows_of_its_place_in_the_queue(
-    open_in: OpenRunStore, place: Place
-) -> None:
+async def test_a_run_that_joined_leaves_no_rows_of_its_place_in_the_queue(open_in: OpenRunStore, place: Place) -> None:
     store = await open_in()
     await begin_talk(store, "c.1")
     held = await begin(store, in_talk("a"), batch=batch(0))
@@ -1647,9 +1645,7 @@ async def test_a_brief_response_can_be_cancelled(store: RunStore) -> None:
     assert await store.response(OWNER, "a") is None
 
 
-async def test_a_brief_response_lives_until_its_time_and_leaves_nothing(
-    open_in: OpenRunStore, place: Place
-) -> None:
+async def test_a_brief_response_lives_until_its_time_and_leaves_nothing(open_in: OpenRunStore, place: Place) -> None:
     store = await open_in()
     held = await begin(store, brief("a"), batch=batch(0))
     await store.settle(held, ending(brief_end("a"), batch(1)))

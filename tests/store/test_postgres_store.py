@@ -1,0 +1,234 @@
+"""What only a store on PostgreSQL does: its address, its schema, its connections, and how many statements a turn takes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from conftest import StartApp, settings_of
+from postgres_server import Beside
+from run_builders import begin, queued, waiting_ids
+from store_builders import NOW, OWNER, both_of, save_chain, turn, window_ids
+from store_places import PostgresPlace
+
+import postgres_pool
+from errors import StoreError
+from postgres_tables import MIGRATIONS, TABLES
+from run_verbs import RunStore
+from proxy import main
+from services import make_seals, opener_of
+from settings import SettingsError
+from store import SQLiteStore, StoreSettings, shown
+from store_postgres import PostgresStore, open_store
+
+KEY = base64.b64encode(b"k" * 32).decode()
+
+
+@pytest.fixture
+def place() -> Iterator[PostgresPlace]:
+    with closing(PostgresPlace()) as place:
+        yield place
+
+
+@pytest.fixture
+def empty(place: PostgresPlace) -> Iterator[str]:
+    """The address of a schema without tables."""
+    name = "without_tables"
+    with closing(Beside(place.url)) as beside:
+        beside.do(f"DROP SCHEMA IF EXISTS {name} CASCADE; CREATE SCHEMA {name}")
+        yield f"{place.url.rpartition('search_path=')[0]}search_path={name}"
+        beside.do(f"DROP SCHEMA {name} CASCADE")
+
+
+def verbs_of(kind: type[Any]) -> dict[str, Any]:
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    return {
+        name: inspect.signature(member) if callable(member := inspect.getattr_static(kind, name)) else type(member)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("kind", [SQLiteStore, PostgresStore])
+def test_each_store_has_the_verbs_of_the_protocol_and_no_others(kind: type[Any]) -> None:
+    assert verbs_of(kind) == verbs_of(RunStore)
+
+
+# -- its address -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("postgresql://me:secret@db:5432/name?sslmode=require", "postgresql://db:5432/name"),
+        ("postgres://me:sec@ret@db/name", "postgres://db/name"),
+        ("postgresql://me:se/c@ret@db/name", "postgresql://…"),
+        ("postgresql:///name?password=secret&host=/run", "postgresql:///name"),
+        ("responses.db", "responses.db"),
+    ],
+)
+def test_a_store_is_shown_without_its_password(path: str, expected: str) -> None:
+    assert shown(path) == expected
+
+
+@pytest.mark.parametrize(
+    "rest", ["@127.0.0.1:1/name", "@127.0.0.1:port/name", "@/name?host=/nowhere&sslmode=verify-full"]
+)
+async def test_a_database_that_cannot_be_opened_is_told_without_its_password(rest: str) -> None:
+    with pytest.raises(StoreError) as refused:
+        await open_store(StoreSettings(path=f"postgresql://me:secret{rest}"))
+    assert (refused.value.retry_after_s or 0) > 0
+    assert "secret" not in f"{refused.value.message}{refused.value.logged}{refused.value.__cause__!r}"
+    assert refused.value.__suppress_context__
+
+
+def test_a_store_in_a_database_needs_keys_that_all_processes_have() -> None:
+    sections: dict[str, Any] = {"store": {"path": "postgresql://me:secret@db/name"}}
+    with pytest.raises(SettingsError, match="sealing.keys") as refused:
+        make_seals(settings_of("http://backend", **sections))
+    assert "secret" not in str(refused.value)
+    assert make_seals(settings_of("http://backend", **sections, sealing={"keys": (KEY,)}))
+
+
+def test_a_rotation_for_a_database_gives_a_key_for_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "rotate", "--store", "postgresql://me:secret@db/name"]) == 0
+    key = capsys.readouterr().out.splitlines()[-1]
+    assert len(base64.b64decode(key)) == 32
+
+
+def test_a_database_without_its_package_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "store_postgres", None)
+    with pytest.raises(SettingsError, match=r"responses-proxy\[postgres\]"):
+        opener_of("postgresql://db/name")
+
+
+# -- its schema --------------------------------------------------------------------------------------------------------
+
+
+async def test_stores_that_open_an_empty_schema_at_once_make_one_set_of_tables(empty: str) -> None:
+    stores = await asyncio.gather(*(open_store(StoreSettings(path=empty)) for _ in range(6)))
+    await save_chain(stores[0], "a", "b")
+    assert await window_ids(stores[5], "b") == both_of("a", "b")
+    for store in stores:
+        await store.close()
+
+
+async def test_a_schema_of_a_newer_version_is_refused_and_stays_as_it_is(empty: str) -> None:
+    await (await open_store(StoreSettings(path=empty))).close()
+    with closing(Beside(empty)) as beside:
+        beside.do("UPDATE responses_proxy SET version = version + 1")
+        with pytest.raises(StoreError, match="newer version"):
+            await open_store(StoreSettings(path=empty))
+        assert beside.asked("SELECT version FROM responses_proxy") == [(len(MIGRATIONS) + 1,)]
+
+
+async def test_tables_of_another_program_are_left_alone(empty: str) -> None:
+    with closing(Beside(empty)) as beside:
+        beside.do("CREATE TABLE item (of_theirs integer)")
+        with pytest.raises(StoreError, match="another program"):
+            await open_store(StoreSettings(path=empty))
+        found = beside.asked("SELECT relname FROM pg_class WHERE relnamespace = 'without_tables'::regnamespace")
+        assert found == [("item",)]
+
+
+def test_the_tables_are_those_of_the_schema() -> None:
+    made = [statement.split()[2] for each in MIGRATIONS for statement in each if statement.startswith("CREATE TABLE")]
+    assert sorted(made) == sorted(TABLES)
+
+
+# -- its connections ---------------------------------------------------------------------------------------------------
+
+
+async def test_connections_that_were_cut_are_made_again(place: PostgresPlace) -> None:
+    store = await place.open()
+    await save_chain(store, "a")
+    place.asked("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'responses-proxy'")
+    results = [await asyncio.gather(store.response(OWNER, "a"), return_exceptions=True) for _ in range(5)]
+    assert all(isinstance(result, StoreError) for (result,) in results[:1] if isinstance(result, Exception))
+    assert [result.id for (result,) in results[1:]] == ["a"] * 4  # type: ignore[union-attr]
+    await store.close()
+
+
+async def test_a_statement_that_takes_too_long_is_refused_and_works_later(place: PostgresPlace) -> None:
+    store = await place.open(statement_timeout_s=0.2)
+    place.asked("SELECT 1")
+    with closing(Beside(place.url)) as other:
+        other.do("BEGIN; LOCK TABLE turn")
+        with pytest.raises(StoreError) as refused:
+            await store.save(turn("a"))
+        assert (refused.value.retry_after_s or 0) > 0
+        other.do("ROLLBACK")
+    await store.save(turn("a"))
+    assert await window_ids(store, "a") == both_of("a")
+    await store.close()
+
+
+async def test_who_waits_too_long_for_a_connection_is_refused_and_counted(place: PostgresPlace) -> None:
+    store = await place.open(pool_size=1, busy_timeout_s=0.2)
+    with closing(Beside(place.url)) as other:
+        other.do("BEGIN; LOCK TABLE turn")
+        first = asyncio.create_task(store.save(turn("a")))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(store.save(turn("b")))
+        with pytest.raises(StoreError):
+            await second
+        assert store.waiting == 0
+        other.do("ROLLBACK")
+    await first
+    await store.close()
+
+
+async def test_statements_need_not_be_prepared(place: PostgresPlace) -> None:
+    store = await place.open(prepared_statements=False)
+    await save_chain(store, "a", "b")
+    await begin(store, queued("c", "b"))
+    assert await window_ids(store, "b") == both_of("a", "b")
+    await store.close()
+
+
+async def test_an_id_that_no_text_can_hold_is_unknown(place: PostgresPlace) -> None:
+    store = await place.open()
+    await save_chain(store, "a")
+    assert await store.response(OWNER, "a\0") is None
+    assert await store.window(OWNER, "a\0") is None
+    assert await store.items(OWNER, ["a.in\0"]) == {}
+    assert await store.states(["a\0"]) == {}
+    assert await store.delete_response(OWNER, "a\0", NOW) is False
+    await store.save(turn("b", model="m\0"))
+    assert await waiting_ids(store) == []
+    await store.close()
+
+
+# -- statements --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many statements each task group has made: all of them go through these."""
+    found: Counter[str] = Counter()
+    for name in ("rows", "row"):
+        asked = getattr(postgres_pool.Transaction, name)
+
+        async def counted(self: Any, statement: Any, values: Any, asked: Any = asked) -> Any:
+            found[statement.text] += 1
+            return await asked(self, statement, values)
+
+        monkeypatch.setattr(postgres_pool.Transaction, name, counted)
+    return found
+
+
+async def test_a_turn_of_a_chain_takes_two_statements(
+    start_app: StartApp, place: PostgresPlace, made: Counter[str]
+) -> None:
+    app = await start_app(store={"path": place.url}, sealing={"keys": (KEY,)}, background={"workers": 0})
+    first = await app.openai.responses.create(model="m", input="Hi")
+    made.clear()
+    second = await app.openai.responses.create(model="m", input="Hi", previous_response_id=first.id)
+    own = {text: count for text, count in made.items() if "pg_current_snapshot" not in text}
+    assert (second.status, second.previous_response_id) == ("completed", first.id)
+    assert sum(own.values()) == 2, own
