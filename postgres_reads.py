@@ -111,8 +111,9 @@ ITEMS = """SELECT item.body FROM turn JOIN item ON item.turn = turn.seq
 ITEMS_IN = {order: Statement(ITEMS.format(order=order)) for order in ("asc", "desc")}
 ITEMS_WITH = Statement(
     """SELECT item.turn, item.place, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
-        (turn.deleted_at IS NULL AND turn.lives_until IS NULL) OR (thread.is_conversation AND NOT item.is_removed),
-        turn.id IS NOT NULL, item.id, item.body
+        (turn.deleted_at IS NULL AND turn.lives_until IS NULL) OR (thread.is_conversation AND NOT item.is_removed)
+            AS is_living,
+        turn.id IS NOT NULL AS is_of_response, item.id, item.body
     FROM (SELECT turn, place FROM item WHERE id = ANY(:ids) AND is_foreign
         UNION ALL SELECT item.turn, item.place FROM turn JOIN item ON item.turn = turn.seq
         WHERE turn.id = ANY(:responses) AND item.id = ANY(:ids) AND NOT item.is_foreign) AS found
@@ -122,9 +123,10 @@ ITEMS_WITH = Statement(
 )
 RESPONSE = f"""SELECT turn.seq, turn.id, turn.status, turn.created_at, turn.completed_at, previous.id AS previous_id,
     settings.body AS settings, turn.body,
-    (SELECT array_agg(item.body ORDER BY item.place) FROM item WHERE item.turn = turn.seq AND item.place >= {OUTPUTS_AT})
-        AS outputs
-    FROM turn JOIN settings ON settings.digest = turn.settings LEFT JOIN turn AS previous ON previous.seq = turn.previous
+    (SELECT array_agg(item.body ORDER BY item.place) FROM item
+        WHERE item.turn = turn.seq AND item.place >= {OUTPUTS_AT}) AS outputs
+    FROM turn JOIN settings ON settings.digest = turn.settings
+    LEFT JOIN turn AS previous ON previous.seq = turn.previous
     WHERE turn.deleted_at IS NULL AND turn.owner = :owner """
 ONE_RESPONSE = Statement(RESPONSE + "AND turn.id = :id")
 OF_MODEL = f"AND {LASTING} AND (:model::text IS NULL OR settings.model = :model::text) "
@@ -183,7 +185,7 @@ async def items_with(db: Asked, ids: list[str], thread: int | None = None) -> li
     """All items with these ids, of one thread or of all, the oldest first."""
     known = [item_id for item_id in set(ids) if "\0" not in item_id]
     values = {"ids": known, "responses": [response_of(item_id) for item_id in known], "thread": thread}
-    return [_Kept(*row) for row in await db.rows(ITEMS_WITH, values)]  # type: ignore[misc]
+    return [_Kept(*row.values()) for row in await db.rows(ITEMS_WITH, values)]
 
 
 async def living_items(db: Asked, owner: str, ids: list[str]) -> dict[str, bytes]:

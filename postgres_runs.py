@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from errors import QueueFull
+from postgres_forgetting import ERASE_LOGS, STOPPED, forget
 from postgres_pool import Asked, Database, Statement, Transaction
 from postgres_reads import OWN, response
 from postgres_writes import (
@@ -17,15 +18,12 @@ from postgres_writes import (
     ONE_FORGETS,
     OUTCOME,
     PLACES_FOR,
-    STOPPED,
     digest_of,
-    forget,
     items_of,
     place_of,
     refusal_of,
     values_of,
 )
-from postgres_writes import ERASE_LOGS as ERASE_LOGS_OF
 from run_rows import BATCHES_AT_ONCE, FORGOTTEN_AT_ONCE, QUEUE_FULL_RETRY_S
 from run_tables import NUMBERS
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
@@ -42,7 +40,8 @@ ROOM = """line_up AS MATERIALIZED (SELECT * FROM line_of(:owner::text, :conversa
         WHERE turn.id = :previous::text AND turn.owner = :owner::text AND NOT run.is_stopped FOR KEY SHARE OF run),
     ok AS MATERIALIZED (SELECT before FROM room
         WHERE NOT EXISTS (SELECT FROM parent_run WHERE parent_run.conversation IS NOT NULL))"""
-INSERT_RUN = """queued AS (INSERT INTO run (turn, owner, conversation, request, bearer, admitted_at, waits_for, next_number)
+INSERT_RUN = """queued AS (INSERT INTO run (turn, owner, conversation, request, bearer, admitted_at, waits_for,
+            next_number)
         SELECT new.seq, :owner::text, :conversation::text, :request::bytea, :bearer::text,
             :admitted_at::double precision,
             CASE WHEN :conversation::text IS NULL THEN (SELECT seq FROM parent_run) ELSE ok.before END,
@@ -321,11 +320,11 @@ async def stop(db: Asked, place: tuple[str, str], log_until_at: float, lives_unt
     owner, response_id = place
     named = {"owner": owner, "id": response_id}
     row = await db.row(STOP, {**named, "log_until_at": log_until_at, "lives_until": lives_until})
-    kept = row and await response(db, owner, response_id)
+    kept = await response(db, owner, response_id) if row else None
     if row is None or kept is None:
         return None
     still_held = await db.row(STILL_HELD, {"turn": row["seq"]})
-    return Stopped(kept, bool(row["ended"]), still_held and still_held["run"])
+    return Stopped(kept, bool(row["ended"]), still_held["run"] if still_held else None)
 
 
 async def forget_ended(db: Database, now: float) -> int:
@@ -338,7 +337,7 @@ async def forget_ended(db: Database, now: float) -> int:
         await db.run(ONE_FORGETS)
         logs = [row["turn"] for row in await db.rows(OVER_LOGS, some)]
         brief = [(row["seq"], row["thread"]) for row in await db.rows(OVER_BRIEF, some)]
-        await db.rows(ERASE_LOGS_OF, {"turns": logs})
+        await db.rows(ERASE_LOGS, {"turns": logs})
         await forget(db, brief, now)
         return len(logs) + len(brief)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 # Of pg_advisory_xact_lock: one process migrates at a time, one admits, one makes things unknown.
 MIGRATING, ADMITTING, FORGETTING = 0x5270_5278_01, 0x5270_5278_02, 0x5270_5278_03
 
+# In the order in which they are made.
 TABLES = (
-    "secret settings thread conversation turn item lease first_use learned run queue log event".split()  # in this order
+    *("secret", "settings", "thread", "conversation", "turn", "item", "lease", "first_use", "learned"),
+    *("run", "queue", "log", "event"),
 )
 
 SCHEMA_1 = (
@@ -97,7 +99,7 @@ SCHEMA_1 = (
     "CREATE INDEX run_by_turn ON run (turn)",
     "CREATE INDEX run_by_waits_for ON run (waits_for) WHERE waits_for IS NOT NULL",
     "CREATE INDEX run_by_conversation ON run (conversation) WHERE conversation IS NOT NULL",
-    # When in the round an owner's last run was taken. There is a row of every owner who has runs, and perhaps of others.
+    # When in the round an owner's last run was taken. Every owner who has runs has a row, and perhaps others.
     "CREATE TABLE queue (owner text PRIMARY KEY, served bigint NOT NULL)",
     "CREATE SEQUENCE round",
     # The events of a streamed run can be read until then; infinite while it runs.

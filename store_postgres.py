@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
 
+import postgres_forgetting as forgetting
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
@@ -74,7 +74,10 @@ async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
 
 
 async def _migrate(what: str, db: Transaction) -> None:
-    """Makes the tables, or brings them up to date. Raises: StoreError for those of a newer version or another program."""
+    """Makes the tables, or brings them up to date.
+
+    Raises: StoreError for those of a newer version or of another program, which stay as they are.
+    """
     await db.run(f"SELECT pg_advisory_xact_lock({MIGRATING})")
     found = await db.row(Statement(HAS_VERSION + " AS is_there"), {})
     version = await _version(what, db) if found and found["is_there"] else None
@@ -118,7 +121,7 @@ class PostgresStore:
         return await self._db.read(lambda db: reads.responses(db, owner, page, model))
 
     async def delete_response(self, owner: str, response_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: writes.delete_response(db, owner, response_id, now))
+        return await self._db.write(lambda db: forgetting.delete_response(db, owner, response_id, now))
 
     async def window(self, owner: str, response_id: str) -> Window | None:
         return await reads.window(self._db, reads.RESPONSE_WINDOW, owner, response_id)
@@ -145,7 +148,7 @@ class PostgresStore:
         return await self._db.write(lambda db: writes.update_conversation(db, owner, conversation_id, metadata))
 
     async def delete_conversation(self, owner: str, conversation_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: writes.delete_conversation(db, owner, conversation_id, now))
+        return await self._db.write(lambda db: forgetting.delete_conversation(db, owner, conversation_id, now))
 
     async def conversation_window(self, owner: str, conversation_id: str) -> Window | None:
         return await reads.window(self._db, reads.CONVERSATION_WINDOW, owner, conversation_id)
@@ -187,9 +190,9 @@ class PostgresStore:
     async def purge(self, before_at: float, now: float) -> Purged:
         """The space is used again by the database, which gives none back."""
         responses = 0
-        while forgotten := await self._db.write(lambda db: writes.forget_some(db, before_at, now)):
+        while forgotten := await self._db.write(lambda db: forgetting.forget_some(db, before_at, now)):
             responses += forgotten
-        await writes.sweep(self._db, now)
+        await forgetting.sweep(self._db, now)
         return Purged(responses, 0)
 
     async def admit(self, run: NewRun, limits: QueueLimits) -> None:

@@ -1,4 +1,4 @@
-"""Where stores are that several may share, for tests: what opens them, and what is in them when it is asked beside them."""
+"""Where stores are that several may share, for tests: what opens them, and what is in them, asked beside them."""
 
 from __future__ import annotations
 

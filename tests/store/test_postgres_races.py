@@ -1,4 +1,4 @@
-"""What statements of PostgreSQL do to each other that begin before the other has ended, from two stores on one database.
+"""What statements of PostgreSQL do to each other that run at the same time, from two stores on one database.
 
 On SQLite there is one writer, so nothing of this can happen there.
 """
@@ -7,17 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from random import Random
+from typing import Any
 
 import pytest
 from run_builders import UNLIMITED, admit, cancel, claim, ending, new_run, queued, sweep
-from store_builders import NOW, OWNER, both_of, conversation, ids_in, input_ids, message, save_chain, turn, window_ids
+from store_builders import (
+    ALL_ASC,
+    NOW,
+    OWNER,
+    both_of,
+    conversation,
+    ids_in,
+    input_ids,
+    message,
+    save_chain,
+    turn,
+    window_ids,
+)
 from store_places import PostgresPlace
 
 from errors import InvalidRequest, ProxyError
-from run_verbs import QueueLimits, RunStore
-from verbs import Lock, conversation_lease
+from run_verbs import QueueLimits, Run, RunStore
+from verbs import Listed, Lock, conversation_lease
 
 pytest_plugins = ["store_fixtures"]
 
@@ -108,45 +121,53 @@ async def test_items_and_turns_of_a_conversation_have_one_order(stores: Stores) 
     await asyncio.gather(*(work(number) for number in range(30) for work in (add, take_turn)))
 
 
+async def claim_and_settle(store: RunStore) -> list[Run]:
+    runs = await claim(store, 2)
+    for run in runs:
+        await store.settle(run.held, ending(turn(run.response_id)))
+    return runs
+
+
+Something = Callable[[RunStore, str, str], Awaitable[Any]]
+# What a client does with a new id and one that is or was somewhere.
+SOMETHING: list[Something] = [
+    lambda store, new, old: store.save(turn(new, old)),
+    lambda store, new, old: store.save(turn(new)),
+    lambda store, new, old: store.save(turn(new, conversation_id="conv")),
+    lambda store, new, old: store.admit(new_run(queued(new, old)), UNLIMITED),
+    lambda store, new, old: store.admit(new_run(queued(new, old)), UNLIMITED),
+    lambda store, new, old: store.admit(new_run(queued(new, conversation_id="conv")), UNLIMITED),
+    lambda store, new, old: claim_and_settle(store),
+    lambda store, new, old: claim_and_settle(store),
+    lambda store, new, old: cancel(store, old),
+    lambda store, new, old: store.delete_response(OWNER, old, NOW),
+    lambda store, new, old: store.release_runs("me"),
+    lambda store, new, old: store.purge(1500 if "3" in new else 0, NOW),
+]
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_whatever_meets_nothing_is_torn_and_nothing_stuck(stores: Stores, seed: int) -> None:
     random = Random(seed)
-    names = [f"r{number}" for number in range(12)]
+    names = ["root"]
+    await save_chain(stores[0], "root")
     await stores[0].create_conversation(OWNER, conversation(), ())
 
     async def one_client(number: int) -> None:
-        store = stores[number % 2]
         for step in range(12):
+            new = f"n{number}.{step}"
             with contextlib.suppress(InvalidRequest):
-                await something(store, f"n{number}.{step}")
-
-    async def something(store: RunStore, new: str) -> None:
-        name, dice = random.choice(names), random.random()
-        if dice < 0.25:
-            await store.save(turn(new, random.choice([name, None])))
-        elif dice < 0.5:
-            talk = {"conversation_id": "conv"} if random.random() < 0.4 else {"previous_id": name}
-            await store.admit(new_run(queued(new, **talk)), UNLIMITED)  # type: ignore[arg-type]
-        elif dice < 0.7:
-            for run in await claim(store, 2):
-                await store.settle(run.held, ending(turn(run.response_id)))
-        elif dice < 0.8:
-            await cancel(store, name)
-        elif dice < 0.9:
-            await store.delete_response(OWNER, name, NOW)
-        elif dice < 0.95:
-            await store.release_runs("me")
-        else:
-            await store.purge(random.choice([0, 1500]), NOW)
-        names.append(new)
+                await random.choice(SOMETHING)(stores[number % 2], new, random.choice(names))
+            names.append(new)
 
     await asyncio.gather(*(one_client(number) for number in range(10)))
     await stores[0].release_runs("me")
     await sweep(stores[0], 1e9)
-    while runs := await claim(stores[1], 5):
-        for run in runs:
-            assert await stores[1].settle(run.held, ending(turn(run.response_id))) is True
+    while await claim_and_settle(stores[1]):
+        pass
     assert await stores[0].runs() == []
     for name in names:
         await stores[0].delete_response(OWNER, name, NOW)
     await stores[0].delete_conversation(OWNER, "conv", NOW)
+    left = await stores[0].purge(1e9, NOW)
+    assert (left.responses, await stores[0].responses(OWNER, ALL_ASC, None)) == (0, Listed([], False))

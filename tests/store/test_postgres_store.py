@@ -1,4 +1,4 @@
-"""What only a store on PostgreSQL does: its address, its schema, its connections, and how many statements a turn takes."""
+"""What only a store on PostgreSQL does: its address, its schema, its connections, and statements of a turn."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from store_places import PostgresPlace
 import postgres_pool
 from errors import StoreError
 from postgres_tables import MIGRATIONS, TABLES
-from run_verbs import RunStore
 from proxy import main
+from run_verbs import RunStore
 from services import make_seals, opener_of
 from settings import SettingsError
 from store import SQLiteStore, StoreSettings, shown
@@ -89,7 +89,7 @@ async def test_a_database_that_cannot_be_opened_is_told_without_its_password(res
 
 def test_a_store_in_a_database_needs_keys_that_all_processes_have() -> None:
     sections: dict[str, Any] = {"store": {"path": "postgresql://me:secret@db/name"}}
-    with pytest.raises(SettingsError, match="sealing.keys") as refused:
+    with pytest.raises(SettingsError, match=r"sealing\.keys") as refused:
         make_seals(settings_of("http://backend", **sections))
     assert "secret" not in str(refused.value)
     assert make_seals(settings_of("http://backend", **sections, sealing={"keys": (KEY,)}))
