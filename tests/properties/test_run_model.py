@@ -581,4 +581,4 @@ class PostgresMachine(RunMachine):
 
 
 TestPostgresModel = pytest.mark.timeout(360)(PostgresMachine.TestCase)
-TestPostgresModel.settings = settings(TestRunModel.settings, max_examples=20)
+TestPostgresModel.settings = settings(TestRunModel.settings, max_examples=12)

@@ -405,4 +405,4 @@ class PostgresMachine(StoreMachine):
 
 
 TestPostgresModel = pytest.mark.timeout(360)(PostgresMachine.TestCase)
-TestPostgresModel.settings = settings(TestStoreModel.settings, max_examples=20)
+TestPostgresModel.settings = settings(TestStoreModel.settings, max_examples=12)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing
 from random import Random
 from typing import Any
 
 import pytest
+from postgres_server import Beside
 from run_builders import UNLIMITED, admit, cancel, claim, ending, new_run, queued, sweep
 from store_builders import (
     ALL_ASC,
@@ -32,21 +34,28 @@ from errors import InvalidRequest, ProxyError
 from run_verbs import QueueLimits, Run, RunStore
 from verbs import Listed, Lock, conversation_lease
 
-pytest_plugins = ["store_fixtures"]
-
 Stores = list[RunStore]
 
 
 @pytest.fixture
-async def stores() -> AsyncIterator[Stores]:
+def place() -> Iterator[PostgresPlace]:
+    with closing(PostgresPlace()) as place:
+        yield place
+
+
+@pytest.fixture
+def url(place: PostgresPlace) -> str:
+    return place.url
+
+
+@pytest.fixture
+async def stores(place: PostgresPlace) -> AsyncIterator[Stores]:
     """Two processes' worth of connections, which leave nothing behind that a statement must not."""
-    place = PostgresPlace()
     stores = [await place.open(pool_size=6) for _ in range(2)]
     yield stores
     assert await stores[0].problems() == []
     for store in stores:
         await store.close()
-    place.close()
 
 
 async def test_of_children_that_come_at_once_each_has_its_parents_window_and_its_own(stores: Stores) -> None:
@@ -69,6 +78,39 @@ async def test_children_that_come_while_their_parent_goes_are_refused_or_whole(s
         (refused, _) = await asyncio.gather(saving, deleting, return_exceptions=True)
         assert refused is None or isinstance(refused, InvalidRequest)
         assert await window_ids(one, child) == (None if refused else both_of(parent, child))
+
+
+async def until_waiting(beside: Beside, count: int) -> None:
+    """Until so many statements wait for what another one holds."""
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'responses-proxy' AND wait_event_type = 'Lock'"
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        while beside.asked(waiting) < [(count,)]:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_parent_that_goes_while_its_child_is_being_written_is_kept_for_it(stores: Stores, url: str) -> None:
+    one, two = stores
+    await one.save(turn("p"))
+    with closing(Beside(url)) as beside, closing(Beside(url)) as other:
+        other.do("BEGIN; LOCK TABLE item")
+        saving = asyncio.create_task(one.save(turn("c", "p")))
+        await until_waiting(beside, 1)
+        deleting = asyncio.create_task(two.delete_response(OWNER, "p", NOW))
+        await until_waiting(beside, 2)
+        other.do("ROLLBACK")
+        await asyncio.gather(saving, deleting)
+    assert await window_ids(one, "c") == both_of("p", "c")
+
+
+async def test_a_run_that_somebody_is_taking_is_passed_over(stores: Stores, url: str) -> None:
+    await admit(stores[0], queued("a"), queued("b"))
+    with closing(Beside(url)) as other:
+        other.do("BEGIN; SELECT FROM run ORDER BY seq LIMIT 1 FOR UPDATE")
+        assert [run.response_id for run in await claim(stores[0])] == ["b"]
+        other.do("ROLLBACK")
+    assert [run.response_id for run in await claim(stores[0])] == ["a"]
 
 
 async def test_runs_that_are_admitted_while_their_parent_ends_are_never_stuck(stores: Stores) -> None:
