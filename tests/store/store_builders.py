@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -161,9 +162,10 @@ async def walk_back(give: GiveItems, limit: int, order: Literal["asc", "desc"], 
             return found[:-1]
 
 
-def rows_in(place: Place) -> dict[str, int]:
-    """How many rows some tables have."""
-    return place.counts(TABLES)
+def rows_in(place: Place | Path) -> dict[str, int]:
+    """How many rows some tables have, in a file or wherever a store is."""
+    with closing(FilePlace(place)) if isinstance(place, Path) else contextlib.nullcontext(place) as found:
+        return found.counts(TABLES)
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
@@ -234,7 +236,7 @@ async def assert_told(store: Store, names: Iterable[str]) -> None:
 def writer(what: str, path: Path, run: str) -> Iterator[subprocess.Popen[str]]:
     """A process that writes a store, ended with the test: see store_writer.py."""
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here)))}
     command = [sys.executable, str(here / "store_writer.py"), what, str(path), run]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
