@@ -33,7 +33,7 @@ from store_places import PostgresPlace
 
 from errors import InvalidRequest, ProxyError
 from run_verbs import QueueLimits, Run, RunStore
-from verbs import Listed, Lock, conversation_lease
+from verbs import FirstUse, Listed, Lock, conversation_lease
 
 Stores = list[RunStore]
 
@@ -90,13 +90,15 @@ async def until_waiting(beside: Beside, count: int) -> None:
 
 
 async def test_a_parent_that_goes_while_its_child_is_being_written_is_kept_for_it(stores: Stores, url: str) -> None:
+    """A fork, which does not move the tip of the thread that it leaves."""
     one, two = stores
-    await one.save(turn("p"))
+    await save_chain(one, "p", "other")
+    await one.delete_response(OWNER, "p", NOW)
     with closing(Beside(url)) as beside, closing(Beside(url)) as other:
-        other.do("BEGIN; LOCK TABLE item")
-        saving = asyncio.create_task(one.save(turn("c", "p")))
+        other.do(f"BEGIN; INSERT INTO first_use VALUES ('{OWNER}', 'key', '', 'other', 0)")
+        saving = asyncio.create_task(one.save(turn("c", "p", first_use=FirstUse("key", b"digest", 20_000))))
         await until_waiting(beside, 1)
-        deleting = asyncio.create_task(two.delete_response(OWNER, "p", NOW))
+        deleting = asyncio.create_task(two.delete_response(OWNER, "other", NOW))
         await until_waiting(beside, 2)
         other.do("ROLLBACK")
         await asyncio.gather(saving, deleting)
