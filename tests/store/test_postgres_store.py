@@ -14,6 +14,7 @@ import pytest
 from conftest import StartApp, settings_of
 from postgres_server import Beside
 from run_builders import begin, queued, waiting_ids
+from scripted import Backend, Script, chunk
 from store_builders import NOW, OWNER, both_of, save_chain, turn, window_ids
 from store_places import PostgresPlace
 
@@ -232,3 +233,30 @@ async def test_a_turn_of_a_chain_takes_two_statements(
     own = {text: count for text, count in made.items() if "pg_current_snapshot" not in text}
     assert (second.status, second.previous_response_id) == ("completed", first.id)
     assert sum(own.values()) == 2, own
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+async def test_a_response_that_one_process_admits_is_made_by_another(start_app: StartApp, place: PostgresPlace) -> None:
+    shared: dict[str, dict[str, Any]] = {"store": {"path": place.url}, "sealing": {"keys": (KEY,)}}
+    asked = await start_app(**shared, background={"workers": 0})
+    await start_app(**shared)
+    events = await asked.openai.responses.create(model="m", input="Hi", background=True, stream=True)
+    types = [event.type async for event in events]
+    assert (types[0], types[-1]) == ("response.created", "response.completed")
+
+
+async def test_a_response_is_cancelled_by_another_process_than_makes_it(
+    start_app: StartApp, backend: Backend, place: PostgresPlace
+) -> None:
+    shared: dict[str, dict[str, Any]] = {"store": {"path": place.url}, "sealing": {"keys": (KEY,)}}
+    asked = await start_app(**shared, background={"workers": 0})
+    await start_app(**shared)
+    backend.script(Script((chunk(content="Hel"),), end="silent"))
+    response = await asked.openai.responses.create(model="m", input="Hi", background=True)
+    request = await backend.received()
+    cancelled = await asked.openai.responses.cancel(response.id)
+    assert cancelled.status == "cancelled"
+    assert (await asked.openai.responses.retrieve(response.id)).status == "cancelled"
+    assert await request.is_let_go()
