@@ -118,7 +118,7 @@ class Background:
         )
         limits = QueueLimits(self._settings.queue_per_owner, self._settings.queue_total)
         await self.store.admit(run, limits)
-        self.watcher.anything.tell()
+        self._tell_of_a_run_in_line()
         if (noted := NOTED.get()) is not None:
             noted.response_id = response_id
         return response, ignored
@@ -150,7 +150,7 @@ class Background:
         if stopped.was_running:
             self._metrics.cancels.inc()
             self.watcher.tell(response_id)
-            self.watcher.anything.tell()
+            self.watcher.tell_queue()
         if stopped.run is not None:
             await self._until_let_go(response_id, stopped.run)
         return stopped
@@ -205,7 +205,7 @@ class Background:
         for held in found & self._suspects[name]:
             log.info("run %d is taken from a process that does not carry it out", held.run)
             await self.store.free(held, before_at)
-            self.watcher.anything.tell()
+            self._tell_of_a_run_in_line()
         self._suspects[name] = found
 
     async def _forget(self) -> None:
@@ -216,12 +216,27 @@ class Background:
         if self._attempts and seen != self._seen:
             await self._end_lost(await self.store.held(self._holder))
         self._seen = seen
-        free = self._settings.workers - len(self._attempts)
-        if free > 0 and not self.is_stopping:
+        free = self._free
+        if free > 0:
             until_at = self._sources.clock() + self._settings.lease_s
-            for run in await self.store.claim(self._holder, until_at, free):
+            runs = await self.store.claim(self._holder, until_at, free)
+            for run in runs:
                 if not self.is_stopping:
                     self._begin(run)
+            if len(runs) == free:  # there may be more in line
+                self.watcher.tell_queue()
+
+    @property
+    def _free(self) -> int:
+        """How many more runs this process may carry out."""
+        return 0 if self.is_stopping else max(self._settings.workers - len(self._attempts), 0)
+
+    def _tell_of_a_run_in_line(self) -> None:
+        """Others are told when this process has to leave it to them."""
+        if self._free:
+            self.watcher.anything.tell()
+        else:
+            self.watcher.tell_queue()
 
     async def _end_lost(self, still_held: list[Held]) -> None:
         """Attempts whose run was stopped, or is somebody else's by now."""
@@ -328,6 +343,7 @@ class Background:
         try:
             await asyncio.gather(*(self._give_back_one(*each) for each in list(self._attempts.items())))
             await self.store.release_runs(self._holder)
+            self.watcher.tell_queue()
         except StoreError as error:
             log.warning("leases could not be given back: %s", error.message)
 
@@ -335,6 +351,7 @@ class Background:
         attempt.end()
         await asyncio.wait({attempt.task})
         await self.store.release_run(held)
+        self.watcher.tell_queue()
 
 
 def _beginning(response: Json) -> Batch:

@@ -6,6 +6,7 @@ claims it holds it under a lease and a generation; what is written with an older
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -13,6 +14,10 @@ import msgspec
 from verbs import KeptResponse, NewTurn, Store
 
 UNFINISHED = frozenset({"queued", "in_progress"})
+# In what processes tell each other: runs may be claimed, or have been stopped.
+QUEUE = "*"
+# Is told what others have announced, ids of responses and QUEUE; None: something of it may be missing.
+Tell = Callable[[frozenset[str] | None], None]
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -176,6 +181,16 @@ class RunStore(Store, Protocol):
 
     async def version(self) -> int:
         """A number that differs as soon as somebody else, another process for instance, has written."""
+
+    def announce(self, what: str) -> None:
+        """This process has changed a response, or the QUEUE; others hear of it soon, if the store can tell them."""
+
+    async def hear(self, tell: Tell) -> None:
+        """Tells what others announce, until it is cancelled; of a store that cannot, this ends at once."""
+
+    @property
+    def hears(self) -> bool:
+        """Whether what others announce is heard just now."""
 
     async def expired(self, now: float) -> list[Held]:
         """Claims whose leases have run out, stopped runs among them."""

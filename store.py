@@ -21,7 +21,7 @@ import run_rows
 import writes
 from errors import StoreError
 from lanes import DatabaseThread, Lane, read_all, store_error, write_all
-from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail
+from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail, Tell
 from schema import migrate, use_wal
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
@@ -44,6 +44,7 @@ class StoreSettings:
     prepared_statements: bool = True
     connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     statement_timeout_s: float = 30.0
+    listen_url: str = ""
 
 
 def is_database(path: str) -> bool:
@@ -245,6 +246,16 @@ class SQLiteStore:
 
     async def version(self) -> int:
         return await self._writer.run_bare(run_rows.version)
+
+    def announce(self, what: str) -> None:
+        """A file tells nobody; who looks for a change of `version` sees it."""
+
+    async def hear(self, tell: Tell) -> None:
+        """Nothing is told."""
+
+    @property
+    def hears(self) -> bool:
+        return False
 
     async def expired(self, now: float) -> list[Held]:
         return await self._reader.do(partial(run_rows.expired, now))

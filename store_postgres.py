@@ -16,9 +16,10 @@ import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
 from errors import StoreError
+from postgres_news import ANSWER_WITHIN_S, News
 from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
 from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
-from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail
+from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail, Tell
 from store import StoreSettings, shown
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
@@ -38,7 +39,7 @@ async def open_store(settings: StoreSettings) -> RunStore:
         stack.push_async_callback(db.close)
         await db.write(partial(_migrate, what))
         stack.pop_all()
-    return PostgresStore(db)
+    return PostgresStore(db, News(db, partial(_listener, settings), is_direct=bool(settings.listen_url)))
 
 
 async def _connected(what: str, settings: StoreSettings) -> asyncpg.Pool:
@@ -67,6 +68,17 @@ async def _pool(settings: StoreSettings) -> asyncpg.Pool:
         reset=_nothing_to_reset,
     )
     return pool
+
+
+async def _listener(settings: StoreSettings) -> asyncpg.Connection:
+    """A connection that is not the pool's: what is told comes to where LISTEN was said."""
+    return await asyncpg.connect(
+        settings.listen_url or settings.path,
+        timeout=settings.connect_timeout_s,
+        command_timeout=ANSWER_WITHIN_S,
+        statement_cache_size=0,
+        server_settings={"application_name": NAME},
+    )
 
 
 async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
@@ -108,8 +120,9 @@ async def _version(what: str, db: Transaction) -> int:
 class PostgresStore:
     """The verbs of `run_verbs.RunStore` on PostgreSQL."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, news: News) -> None:
         self._db = db
+        self._news = news
 
     async def save(self, turn: NewTurn) -> None:
         await writes.save(self._db, turn)
@@ -238,7 +251,17 @@ class PostgresStore:
         return await runs.states(self._db, response_ids)
 
     async def version(self) -> int:
-        return await runs.version(self._db)
+        return await self._news.version()
+
+    def announce(self, what: str) -> None:
+        self._news.announce(what)
+
+    async def hear(self, tell: Tell) -> None:
+        await self._news.hear(tell)
+
+    @property
+    def hears(self) -> bool:
+        return self._news.are_heard
 
     async def expired(self, now: float) -> list[Held]:
         return await runs.expired(self._db, now)

@@ -1,7 +1,7 @@
 """Who waits for a response to change, in whichever process that happens.
 
-May not know what a change means. Within the process a change is told; what other processes write is seen by a number
-of the store that differs then, asked for ten times a second while somebody waits, else twice.
+May not know what a change means. Within the process a change is told, and to other processes where the store can do so;
+what they write is seen, too, by a number of the store that differs then.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import logging
 from collections.abc import Iterator
 
 from errors import StoreError
-from run_verbs import RunStore
+from run_verbs import QUEUE, RunStore
 
 log = logging.getLogger("responses_proxy.watching")
 
-LOOK_EVERY_S = 0.1
-# How much longer it is between two looks when nobody waits.
-IDLE_S = 0.4
+# Whether the store hears what others announce -> how often that number is asked for, and how much later when nobody
+# waits. What is not heard is what a process wrote just before it died, or lost its connection.
+PACES_S = {False: (0.1, 0.4), True: (1.0, 4.0)}
 
 # Who waits looks again after that time even when nobody told of a change.
 LOOK_AGAIN_S = 5.0
@@ -52,9 +52,11 @@ class Watcher:
         self._store = store
         self._watches: dict[str, set[Watch]] = {}
         self._states: dict[str, State] = {}
-        # Told whenever another process has written, whatever it was, and which state of the store that was.
+        # Told whenever another process has changed something, whatever it was, and how often that was.
         self.anything = Watch()
         self.version = 0
+        self._seen = 0
+        self._missed = Watch()
         self._attending = 0
         self._is_attended = asyncio.Event()
 
@@ -87,28 +89,60 @@ class Watcher:
 
     def tell(self, response_id: str) -> None:
         """This process has changed the response."""
+        self._tell_here(response_id)
+        self._store.announce(response_id)
+
+    def tell_queue(self) -> None:
+        """This process has put a run in line that others may claim, or has stopped one that they may hold."""
+        self.anything.tell()
+        self._store.announce(QUEUE)
+
+    def _tell_here(self, response_id: str) -> None:
         for watch in self._watches.get(response_id, ()):
             watch.tell()
 
     def tell_all(self) -> None:
         """Everybody who waits has to look up."""
         for response_id in self._watches:
-            self.tell(response_id)
+            self._tell_here(response_id)
 
     async def run(self) -> None:
-        """Looks for what others have written, until it is cancelled. A store that cannot be read is asked again."""
+        """Tells what others have written, until it is cancelled. A store that cannot be read is asked again."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._store.hear(self._hear))
+            group.create_task(self._look_again_and_again())
+
+    def _hear(self, news: frozenset[str] | None) -> None:
+        if news is None:
+            with self.attending():  # which ends the longer pause
+                self._missed.tell()
+            return
+        for response_id in news:
+            self._tell_here(response_id)
+        if QUEUE in news:
+            self._tell_anything()
+
+    def _tell_anything(self) -> None:
+        self.version += 1
+        self.anything.tell()
+
+    async def _look_again_and_again(self) -> None:
         while True:
             try:
                 seen = await self._store.version()
-                if seen != self.version:
+                if seen != self._seen:
                     await self._look()
-                    self.version = seen
-                    self.anything.tell()
+                    self._seen = seen
+                    self._tell_anything()
             except StoreError as error:
                 log.warning("could not look for changes: %s", error.message)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        look_every_s, idle_s = PACES_S[self._store.hears]
+        if not await self._missed.changed(look_every_s):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(IDLE_S):
+                async with asyncio.timeout(idle_s):
                     await self._is_attended.wait()
 
     async def _look(self) -> None:
@@ -118,7 +152,7 @@ class Watcher:
             state = states.get(response_id, GONE)
             if self._states.get(response_id) != state and response_id in self._watches:
                 self._states[response_id] = state
-                self.tell(response_id)
+                self._tell_here(response_id)
 
 
 GONE: State = ("", None)
