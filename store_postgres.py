@@ -7,6 +7,9 @@ Each verb is one statement wherever it can be; the others are one transaction.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
+import time
 from functools import partial
 
 import asyncpg  # type: ignore[import-untyped]
@@ -16,15 +19,20 @@ import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
 from errors import StoreError
-from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
+from postgres_errors import FAILURES, store_error
+from postgres_pool import Database, Known, Limits, Statement, Transaction, Verb, gone, surely
 from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail
 from store import StoreSettings, shown
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
+log = logging.getLogger("responses_proxy.store")
+
 NAME = "responses-proxy"
 # The statements of this program are about this many.
 CACHED_STATEMENTS = 256
+NOW = "SELECT extract(epoch FROM clock_timestamp())::double precision"
+CLOCKS_APART_S = 2.0
 
 
 async def open_store(settings: StoreSettings) -> RunStore:
@@ -33,37 +41,63 @@ async def open_store(settings: StoreSettings) -> RunStore:
     Raises: StoreError when the database cannot be used.
     """
     what = f"'{shown(settings.path)}'"
+    known = Known()
+    limits = Limits(settings.pool_size, settings.busy_timeout_s, settings.statement_timeout_s)
     async with contextlib.AsyncExitStack() as stack:
-        db = Database(await _connected(what, settings), settings.busy_timeout_s)
+        db = Database(await _connected(what, settings, known), known, limits)
         stack.push_async_callback(db.close)
-        await db.write(partial(_migrate, what))
+        await db.verb(is_patient=True).write(partial(_migrate, what))
         stack.pop_all()
     return PostgresStore(db)
 
 
-async def _connected(what: str, settings: StoreSettings) -> asyncpg.Pool:
+async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncpg.Pool:
     """Raises: StoreError."""
     try:
-        return await _pool(settings)
+        pool = await _pool(settings, known)
+        connection = await pool.acquire()
+        before_at = time.time()
+        theirs_at = await connection.fetchval(NOW)
+        _compare(theirs_at, before_at, time.time())
+        await pool.release(connection)
     except (*FAILURES, ValueError) as error:
         refusal = store_error(error, what)
         refusal.__cause__ = None  # it may tell the address, and so a password
         raise refusal from None
+    return pool
 
 
-async def _pool(settings: StoreSettings) -> asyncpg.Pool:
-    # A compiler for queries that read much takes longer than any of these.
-    session = {"application_name": NAME} | ({"jit": "off"} if settings.prepared_statements else {})
+def _compare(theirs_at: float, before_at: float, after_at: float) -> None:
+    """Leases compare what the clocks of several machines say."""
+    apart_s = max(theirs_at - after_at, before_at - theirs_at)
+    if apart_s > CLOCKS_APART_S:
+        side = "behind" if theirs_at > after_at else "ahead of"
+        log.warning(
+            "the clock of this machine is %.1f s %s that of the database; leases need them together", apart_s, side
+        )
+
+
+async def _pool(settings: StoreSettings, known: Known) -> asyncpg.Pool:
+    # A compiler for queries that read much takes longer than any of these. What a process that cannot be reached any
+    # more has begun holds up nobody for longer than a verb.
+    idle_ms = str(math.ceil(settings.statement_timeout_s * 1000))
+    session = {"application_name": NAME}
+    if settings.prepared_statements:
+        session |= {"jit": "off", "idle_in_transaction_session_timeout": idle_ms}
+
+    async def note(connection: asyncpg.Connection) -> None:
+        known.add(connection)
+
     pool: asyncpg.Pool = await asyncpg.create_pool(
         settings.path,
-        min_size=1,
+        min_size=0,  # else it connects by itself, and logs what goes wrong
         max_size=settings.pool_size,
         timeout=settings.connect_timeout_s,
-        command_timeout=settings.statement_timeout_s or None,
         statement_cache_size=CACHED_STATEMENTS if settings.prepared_statements else 0,
         max_cached_statement_lifetime=0,
         max_cacheable_statement_size=0,
         server_settings=session,
+        init=note,
         reset=_nothing_to_reset,
     )
     return pool
@@ -111,8 +145,14 @@ class PostgresStore:
     def __init__(self, db: Database) -> None:
         self._db = db
 
+    @property
+    def _patient(self) -> Verb:
+        """For what no request waits for."""
+        return self._db.verb(is_patient=True)
+
     async def save(self, turn: NewTurn) -> None:
-        await writes.save(self._db, turn)
+        db = self._db.verb(repeats=False)
+        await surely(lambda: writes.save(db, turn), lambda: reads.is_kept(db, turn.owner, turn.id))
 
     async def response(self, owner: str, response_id: str) -> KeptResponse | None:
         return await reads.response(self._db, owner, response_id)
@@ -121,7 +161,8 @@ class PostgresStore:
         return await self._db.read(lambda db: reads.responses(db, owner, page, model))
 
     async def delete_response(self, owner: str, response_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: forgetting.delete_response(db, owner, response_id, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(lambda: verb.write(lambda db: forgetting.delete_response(db, owner, response_id, now)))
 
     async def window(self, owner: str, response_id: str) -> Window | None:
         return await reads.window(self._db, reads.RESPONSE_WINDOW, owner, response_id)
@@ -139,7 +180,11 @@ class PostgresStore:
         return await reads.living_items(self._db, owner, ids)
 
     async def create_conversation(self, owner: str, conversation: Conversation, items: tuple[NewItem, ...]) -> None:
-        await writes.create_conversation(self._db, owner, conversation, items)
+        db = self._db.verb(repeats=False)
+        await surely(
+            lambda: writes.create_conversation(db, owner, conversation, items),
+            lambda: reads.is_conversation(db, owner, conversation.id),
+        )
 
     async def conversation(self, owner: str, conversation_id: str) -> Conversation | None:
         return await reads.conversation(self._db, owner, conversation_id)
@@ -148,13 +193,20 @@ class PostgresStore:
         return await self._db.write(lambda db: writes.update_conversation(db, owner, conversation_id, metadata))
 
     async def delete_conversation(self, owner: str, conversation_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: forgetting.delete_conversation(db, owner, conversation_id, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(
+            lambda: verb.write(lambda db: forgetting.delete_conversation(db, owner, conversation_id, now))
+        )
 
     async def conversation_window(self, owner: str, conversation_id: str) -> Window | None:
         return await reads.window(self._db, reads.CONVERSATION_WINDOW, owner, conversation_id)
 
     async def add_items(self, owner: str, conversation_id: str, items: tuple[NewItem, ...], now: float) -> bool:
-        return await self._db.write(lambda db: writes.add_items(db, owner, conversation_id, items, now))
+        verb = self._db.verb(repeats=False)
+        return await surely(
+            lambda: verb.write(lambda db: writes.add_items(db, owner, conversation_id, items, now)),
+            lambda: reads.holds(verb, owner, conversation_id, items),
+        )
 
     async def conversation_items(self, owner: str, conversation_id: str, page: Page) -> Listed[bytes] | None:
         return await self._db.read(lambda db: reads.conversation_items(db, owner, conversation_id, page))
@@ -164,7 +216,8 @@ class PostgresStore:
 
     async def delete_conversation_item(self, owner: str, conversation_id: str, item_id: str, now: float) -> bool:
         name = (conversation_id, item_id)
-        return await self._db.write(lambda db: writes.delete_conversation_item(db, owner, name, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(lambda: verb.write(lambda db: writes.delete_conversation_item(db, owner, name, now)))
 
     async def acquire(self, lock: Lock, now: float, until_at: float) -> bool:
         return await writes.acquire(self._db, lock, now, until_at)
@@ -179,7 +232,7 @@ class PostgresStore:
         return await reads.first_use(self._db, owner, key, now)
 
     async def secret(self, name: str) -> bytes:
-        return await writes.secret(self._db, name)
+        return await writes.secret(self._db.verb(), name)
 
     async def learned(self) -> dict[str, bytes]:
         return await writes.learned(self._db)
@@ -190,16 +243,17 @@ class PostgresStore:
     async def purge(self, before_at: float, now: float) -> Purged:
         """The space is used again by the database, which gives none back."""
         responses = 0
-        while forgotten := await self._db.write(lambda db: forgetting.forget_some(db, before_at, now)):
+        while forgotten := await self._patient.write(lambda db: forgetting.forget_some(db, before_at, now)):
             responses += forgotten
-        await forgetting.sweep(self._db, now)
+        await forgetting.sweep(self._patient, now)
         return Purged(responses, 0)
 
     async def admit(self, run: NewRun, limits: QueueLimits) -> None:
-        await runs.admit(self._db, run, limits)
+        db, turn = self._db.verb(repeats=False), run.turn
+        await surely(lambda: runs.admit(db, run, limits), lambda: reads.is_kept(db, turn.owner, turn.id))
 
     async def claim(self, holder: str, until_at: float, limit: int) -> list[Run]:
-        return await runs.claim(self._db, holder, until_at, limit)
+        return await runs.claim(self._db.verb(repeats=False), holder, until_at, limit)
 
     async def renew_runs(self, holder: str, until_at: float) -> list[Held]:
         return await runs.renew(self._db, holder, until_at)
@@ -214,7 +268,7 @@ class PostgresStore:
         return await runs.log(self._db, held, batch)
 
     async def settle(self, held: Held, ending: Ending) -> bool:
-        return await runs.settle(self._db, held, ending)
+        return await runs.settle(self._db.verb(repeats=False), held, ending)
 
     async def free(self, held: Held, before_at: float) -> None:
         await runs.free(self._db, held, before_at)
@@ -226,7 +280,7 @@ class PostgresStore:
         await runs.let_go(self._db, held)
 
     async def stop(self, owner: str, response_id: str, log_until_at: float, lives_until: float) -> Stopped | None:
-        return await runs.stop(self._db, (owner, response_id), log_until_at, lives_until)
+        return await runs.stop(self._db.verb(), (owner, response_id), log_until_at, lives_until)
 
     async def is_held(self, run: int) -> bool:
         return await runs.is_held(self._db, run)
@@ -244,7 +298,7 @@ class PostgresStore:
         return await runs.expired(self._db, now)
 
     async def forget_ended(self, now: float) -> None:
-        while await runs.forget_ended(self._db, now):
+        while await runs.forget_ended(self._patient, now):
             pass
 
     async def runs(self) -> list[RunInfo]:
@@ -261,7 +315,7 @@ class PostgresStore:
         return await reads.size_bytes(self._db)
 
     async def problems(self) -> list[str]:
-        return await reads.problems(self._db)
+        return await reads.problems(self._patient)
 
     async def close(self) -> None:
         await self._db.close()
