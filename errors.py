@@ -22,6 +22,7 @@ Two vocabularies, those of the openai SDK: an HTTP error body, and `ResponseErro
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 Json = dict[str, Any]
@@ -48,6 +49,7 @@ class ProxyError(Exception):
         self.retry_after_s: float | None = None
         # What a log may hold of a message that quotes a client or a backend.
         self.log_message: str | None = None
+        self.log_level = logging.WARNING
 
     @property
     def logged(self) -> str:
@@ -125,4 +127,7 @@ class ForeignOrigin(InvalidRequest):
 
 
 class StoreError(ProxyError):
+    """`is_passing`: it may be gone by itself after a while."""
+
     status, code = 503, "store_unavailable"
+    is_passing = False

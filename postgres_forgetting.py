@@ -6,7 +6,7 @@ time does so.
 
 from __future__ import annotations
 
-from postgres_pool import Database, Statement, Transaction
+from postgres_pool import Statement, Transaction, Verb
 from postgres_reads import OWN
 from postgres_tables import ADMITTING
 from postgres_writes import ERASE_AHEAD, ONE_FORGETS
@@ -114,7 +114,7 @@ async def forget_some(db: Transaction, before_at: float, now: float) -> int:
     return len(old)
 
 
-async def sweep(db: Database, now: float) -> None:
+async def sweep(db: Verb, now: float) -> None:
     """Each statement for itself: one that meets a new turn is tried again."""
     for statement in SWEEP:
         await db.rows(statement, {"now": now})

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import asyncpg  # type: ignore[import-untyped]
 
 from errors import StoreError
-from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
+from postgres_errors import FAILURES, store_error
+from postgres_pool import Database, Statement, Transaction
 from postgres_runs import version
 from run_verbs import Tell
 
@@ -26,9 +27,8 @@ GATHER_S = 0.02
 WORDS_AT_ONCE = 100
 # How long the last words of a process that ends may take.
 LAST_WORDS_S = 1.0
-# How soon a connection that listens has to hear what this process tells itself, and to answer.
+# How soon a connection that listens has to hear what this process tells itself.
 ECHO_WITHIN_S = 2.0
-ANSWER_WITHIN_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 # After a table, so that each schema has a channel of its own.

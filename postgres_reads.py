@@ -15,7 +15,7 @@ from postgres_pool import Asked, Row, Statement
 from postgres_tables import TABLES
 from reads import COMPACTION, EMPTY, LAST, LISTED
 from schema import OUTPUTS_AT, PLACES
-from verbs import Conversation, KeptResponse, Listed, Page, Window, response_of
+from verbs import Conversation, KeptResponse, Listed, NewItem, Page, Window, response_of
 
 T = TypeVar("T")
 
@@ -305,6 +305,25 @@ async def thread_of(db: Asked, owner: str, conversation_id: str) -> int | None:
 async def conversation(db: Asked, owner: str, conversation_id: str) -> Conversation | None:
     row = await db.row(CONVERSATION, {"owner": owner, "id": conversation_id})
     return Conversation(row["id"], row["created_at"], row["metadata"]) if row else None
+
+
+IS_KEPT = Statement("SELECT 1 FROM turn WHERE id = :id AND owner = :owner")
+
+
+async def is_kept(db: Asked, owner: str, response_id: str) -> bool:
+    """Whether the response was ever put here by this owner."""
+    return bool(await db.rows(IS_KEPT, {"owner": owner, "id": response_id}))
+
+
+async def is_conversation(db: Asked, owner: str, conversation_id: str) -> bool:
+    return await thread_of(db, owner, conversation_id) is not None
+
+
+async def holds(db: Asked, owner: str, conversation_id: str, items: tuple[NewItem, ...]) -> bool:
+    """Whether all these items are in the conversation."""
+    thread = await thread_of(db, owner, conversation_id)
+    found = [] if thread is None else await items_with(db, [item.id for item in items], thread)
+    return {item.id for item in items} <= {item.id for item in found if not item.is_removed}
 
 
 async def conversation_item(db: Asked, owner: str, conversation_id: str, item_id: str) -> bytes | None:

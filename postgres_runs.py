@@ -9,7 +9,7 @@ from typing import Any
 
 from errors import QueueFull
 from postgres_forgetting import ERASE_LOGS, STOPPED, forget
-from postgres_pool import Asked, Database, Statement, Transaction
+from postgres_pool import Asked, Statement, Transaction, Verb
 from postgres_reads import OWN, response
 from postgres_writes import (
     ALLOWED,
@@ -327,7 +327,7 @@ async def stop(db: Asked, place: tuple[str, str], log_until_at: float, lives_unt
     return Stopped(kept, bool(row["ended"]), still_held["run"] if still_held else None)
 
 
-async def forget_ended(db: Database, now: float) -> int:
+async def forget_ended(db: Verb, now: float) -> int:
     """Some of the logs and brief responses whose time is over; how many it was."""
     some = {"now": now, "at_most": FORGOTTEN_AT_ONCE}
     if not await db.rows(OVER_LOGS, some) and not await db.rows(OVER_BRIEF, some):

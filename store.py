@@ -43,7 +43,7 @@ class StoreSettings:
     pool_size: Annotated[int, msgspec.Meta(ge=1)] = 10
     prepared_statements: bool = True
     connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
-    statement_timeout_s: float = 30.0
+    statement_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     listen_url: str = ""
 
 

@@ -6,26 +6,18 @@ Each verb is one statement wherever it can be; the others are one transaction.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
-
-import asyncpg  # type: ignore[import-untyped]
 
 import postgres_forgetting as forgetting
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
-from errors import StoreError
-from postgres_news import ANSWER_WITHIN_S, News
-from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
-from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
+from postgres_news import News
+from postgres_opening import listener, opened_database
+from postgres_pool import Database, Verb, gone, surely
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail, Tell
-from store import StoreSettings, shown
+from store import StoreSettings
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
-
-NAME = "responses-proxy"
-# The statements of this program are about this many.
-CACHED_STATEMENTS = 256
 
 
 async def open_store(settings: StoreSettings) -> RunStore:
@@ -33,88 +25,8 @@ async def open_store(settings: StoreSettings) -> RunStore:
 
     Raises: StoreError when the database cannot be used.
     """
-    what = f"'{shown(settings.path)}'"
-    async with contextlib.AsyncExitStack() as stack:
-        db = Database(await _connected(what, settings), settings.busy_timeout_s)
-        stack.push_async_callback(db.close)
-        await db.write(partial(_migrate, what))
-        stack.pop_all()
-    return PostgresStore(db, News(db, partial(_listener, settings), is_direct=bool(settings.listen_url)))
-
-
-async def _connected(what: str, settings: StoreSettings) -> asyncpg.Pool:
-    """Raises: StoreError."""
-    try:
-        return await _pool(settings)
-    except (*FAILURES, ValueError) as error:
-        refusal = store_error(error, what)
-        refusal.__cause__ = None  # it may tell the address, and so a password
-        raise refusal from None
-
-
-async def _pool(settings: StoreSettings) -> asyncpg.Pool:
-    # A compiler for queries that read much takes longer than any of these.
-    session = {"application_name": NAME} | ({"jit": "off"} if settings.prepared_statements else {})
-    pool: asyncpg.Pool = await asyncpg.create_pool(
-        settings.path,
-        min_size=1,
-        max_size=settings.pool_size,
-        timeout=settings.connect_timeout_s,
-        command_timeout=settings.statement_timeout_s or None,
-        statement_cache_size=CACHED_STATEMENTS if settings.prepared_statements else 0,
-        max_cached_statement_lifetime=0,
-        max_cacheable_statement_size=0,
-        server_settings=session,
-        reset=_nothing_to_reset,
-    )
-    return pool
-
-
-async def _listener(settings: StoreSettings) -> asyncpg.Connection:
-    """A connection that is not the pool's: what is told comes to where LISTEN was said."""
-    return await asyncpg.connect(
-        settings.listen_url or settings.path,
-        timeout=settings.connect_timeout_s,
-        command_timeout=ANSWER_WITHIN_S,
-        statement_cache_size=0,
-        server_settings={"application_name": NAME},
-    )
-
-
-async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
-    """No verb leaves anything in its session, and to make sure of that costs as much as a verb."""
-
-
-async def _migrate(what: str, db: Transaction) -> None:
-    """Makes the tables, or brings them up to date.
-
-    Raises: StoreError for those of a newer version or of another program, which stay as they are.
-    """
-    await db.run(f"SELECT pg_advisory_xact_lock({MIGRATING})")
-    found = await db.row(Statement(HAS_VERSION + " AS is_there"), {})
-    version = await _version(what, db) if found and found["is_there"] else None
-    if version == len(MIGRATIONS):
-        return
-    try:
-        for statement in () if version is not None else (VERSION_TABLE, "INSERT INTO responses_proxy VALUES (0)"):
-            await db.run(statement)
-        for statement in (each for migration in MIGRATIONS[version or 0 :] for each in migration):
-            await db.run(statement)
-    except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError) as error:
-        raise StoreError(f"{what} holds tables of another program; give it a schema of its own.") from error
-    await db.run(f"UPDATE responses_proxy SET version = {len(MIGRATIONS)}")
-
-
-async def _version(what: str, db: Transaction) -> int:
-    """Raises: StoreError."""
-    row = await db.row(Statement("SELECT version FROM responses_proxy"), {})
-    version = int(row["version"]) if row else 0
-    if version > len(MIGRATIONS):
-        raise StoreError(
-            f"{what} was written by a newer version of this program (schema {version}; this one knows up to "
-            f"{len(MIGRATIONS)})."
-        )
-    return version
+    db = await opened_database(settings)
+    return PostgresStore(db, News(db, partial(listener, settings), is_direct=bool(settings.listen_url)))
 
 
 class PostgresStore:
@@ -124,8 +36,14 @@ class PostgresStore:
         self._db = db
         self._news = news
 
+    @property
+    def _patient(self) -> Verb:
+        """For what no request waits for."""
+        return self._db.verb(is_patient=True)
+
     async def save(self, turn: NewTurn) -> None:
-        await writes.save(self._db, turn)
+        db = self._db.verb(repeats=False)
+        await surely(lambda: writes.save(db, turn), lambda: reads.is_kept(db, turn.owner, turn.id))
 
     async def response(self, owner: str, response_id: str) -> KeptResponse | None:
         return await reads.response(self._db, owner, response_id)
@@ -134,7 +52,8 @@ class PostgresStore:
         return await self._db.read(lambda db: reads.responses(db, owner, page, model))
 
     async def delete_response(self, owner: str, response_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: forgetting.delete_response(db, owner, response_id, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(lambda: verb.write(lambda db: forgetting.delete_response(db, owner, response_id, now)))
 
     async def window(self, owner: str, response_id: str) -> Window | None:
         return await reads.window(self._db, reads.RESPONSE_WINDOW, owner, response_id)
@@ -152,7 +71,11 @@ class PostgresStore:
         return await reads.living_items(self._db, owner, ids)
 
     async def create_conversation(self, owner: str, conversation: Conversation, items: tuple[NewItem, ...]) -> None:
-        await writes.create_conversation(self._db, owner, conversation, items)
+        db = self._db.verb(repeats=False)
+        await surely(
+            lambda: writes.create_conversation(db, owner, conversation, items),
+            lambda: reads.is_conversation(db, owner, conversation.id),
+        )
 
     async def conversation(self, owner: str, conversation_id: str) -> Conversation | None:
         return await reads.conversation(self._db, owner, conversation_id)
@@ -161,13 +84,20 @@ class PostgresStore:
         return await self._db.write(lambda db: writes.update_conversation(db, owner, conversation_id, metadata))
 
     async def delete_conversation(self, owner: str, conversation_id: str, now: float) -> bool:
-        return await self._db.write(lambda db: forgetting.delete_conversation(db, owner, conversation_id, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(
+            lambda: verb.write(lambda db: forgetting.delete_conversation(db, owner, conversation_id, now))
+        )
 
     async def conversation_window(self, owner: str, conversation_id: str) -> Window | None:
         return await reads.window(self._db, reads.CONVERSATION_WINDOW, owner, conversation_id)
 
     async def add_items(self, owner: str, conversation_id: str, items: tuple[NewItem, ...], now: float) -> bool:
-        return await self._db.write(lambda db: writes.add_items(db, owner, conversation_id, items, now))
+        verb = self._db.verb(repeats=False)
+        return await surely(
+            lambda: verb.write(lambda db: writes.add_items(db, owner, conversation_id, items, now)),
+            lambda: reads.holds(verb, owner, conversation_id, items),
+        )
 
     async def conversation_items(self, owner: str, conversation_id: str, page: Page) -> Listed[bytes] | None:
         return await self._db.read(lambda db: reads.conversation_items(db, owner, conversation_id, page))
@@ -177,7 +107,8 @@ class PostgresStore:
 
     async def delete_conversation_item(self, owner: str, conversation_id: str, item_id: str, now: float) -> bool:
         name = (conversation_id, item_id)
-        return await self._db.write(lambda db: writes.delete_conversation_item(db, owner, name, now))
+        verb = self._db.verb(repeats=False)
+        return await gone(lambda: verb.write(lambda db: writes.delete_conversation_item(db, owner, name, now)))
 
     async def acquire(self, lock: Lock, now: float, until_at: float) -> bool:
         return await writes.acquire(self._db, lock, now, until_at)
@@ -192,7 +123,7 @@ class PostgresStore:
         return await reads.first_use(self._db, owner, key, now)
 
     async def secret(self, name: str) -> bytes:
-        return await writes.secret(self._db, name)
+        return await writes.secret(self._db.verb(), name)
 
     async def learned(self) -> dict[str, bytes]:
         return await writes.learned(self._db)
@@ -203,16 +134,17 @@ class PostgresStore:
     async def purge(self, before_at: float, now: float) -> Purged:
         """The space is used again by the database, which gives none back."""
         responses = 0
-        while forgotten := await self._db.write(lambda db: forgetting.forget_some(db, before_at, now)):
+        while forgotten := await self._patient.write(lambda db: forgetting.forget_some(db, before_at, now)):
             responses += forgotten
-        await forgetting.sweep(self._db, now)
+        await forgetting.sweep(self._patient, now)
         return Purged(responses, 0)
 
     async def admit(self, run: NewRun, limits: QueueLimits) -> None:
-        await runs.admit(self._db, run, limits)
+        db, turn = self._db.verb(repeats=False), run.turn
+        await surely(lambda: runs.admit(db, run, limits), lambda: reads.is_kept(db, turn.owner, turn.id))
 
     async def claim(self, holder: str, until_at: float, limit: int) -> list[Run]:
-        return await runs.claim(self._db, holder, until_at, limit)
+        return await runs.claim(self._db.verb(repeats=False), holder, until_at, limit)
 
     async def renew_runs(self, holder: str, until_at: float) -> list[Held]:
         return await runs.renew(self._db, holder, until_at)
@@ -227,7 +159,7 @@ class PostgresStore:
         return await runs.log(self._db, held, batch)
 
     async def settle(self, held: Held, ending: Ending) -> bool:
-        return await runs.settle(self._db, held, ending)
+        return await runs.settle(self._db.verb(repeats=False), held, ending)
 
     async def free(self, held: Held, before_at: float) -> None:
         await runs.free(self._db, held, before_at)
@@ -239,7 +171,7 @@ class PostgresStore:
         await runs.let_go(self._db, held)
 
     async def stop(self, owner: str, response_id: str, log_until_at: float, lives_until: float) -> Stopped | None:
-        return await runs.stop(self._db, (owner, response_id), log_until_at, lives_until)
+        return await runs.stop(self._db.verb(), (owner, response_id), log_until_at, lives_until)
 
     async def is_held(self, run: int) -> bool:
         return await runs.is_held(self._db, run)
@@ -267,7 +199,7 @@ class PostgresStore:
         return await runs.expired(self._db, now)
 
     async def forget_ended(self, now: float) -> None:
-        while await runs.forget_ended(self._db, now):
+        while await runs.forget_ended(self._patient, now):
             pass
 
     async def runs(self) -> list[RunInfo]:
@@ -284,7 +216,7 @@ class PostgresStore:
         return await reads.size_bytes(self._db)
 
     async def problems(self) -> list[str]:
-        return await reads.problems(self._db)
+        return await reads.problems(self._patient)
 
     async def close(self) -> None:
         await self._db.close()
