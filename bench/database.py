@@ -1,7 +1,7 @@
-"""What the store costs in PostgreSQL, as one JSON line: `bench/database.py`, on the server of PG_URL or one of its own.
+"""What the store costs in PostgreSQL, as JSON: `bench/database.py`, on the server of PG_URL or one of its own.
 
-A server of its own is that of the package pgserver with fsync on. Everything is made in a schema that is empty, and that
-nothing else writes to: bytes of the log (WAL) are those of the whole server. A turn is 2 KB of text and all else that is
+A server of its own is that of the package pgserver with fsync on. Everything is made in an empty schema, and nothing
+else may write to the server: bytes of the log (WAL) are those of all of it. A turn is 2 KB of text and all else that is
 kept of it, as in `bench/storing.py`.
 """
 
