@@ -20,8 +20,8 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import postgres_server  # noqa: E402 - the rooms and the tests stand one folder up
-from storing import NO_LIMITS, OWNERS, built  # noqa: E402
+import postgres_server  # type: ignore[import-not-found] # noqa: E402 - the rooms and the tests stand one folder up
+from storing import NO_LIMITS, OWNERS, built  # type: ignore[import-not-found] # noqa: E402
 
 from run_verbs import Batch, Ending, NewRun, RunStore  # noqa: E402
 from store import StoreSettings  # noqa: E402
@@ -40,8 +40,12 @@ TABLES = """SELECT relname, pg_total_relation_size(oid) AS total, pg_indexes_siz
     WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace"""
 
 
-class Beside(postgres_server.Beside):
+class Beside:
     """What the server tells of itself."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = postgres_server.Beside(url)
+        self.asked, self.close = self._connection.asked, self._connection.close
 
     def wal_bytes(self) -> int:
         return int(self.asked("SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')")[0][0])
@@ -155,7 +159,6 @@ async def streamed(store: RunStore, beside: Beside) -> dict[str, Any]:
 async def measured(url: str, beside: Beside) -> dict[str, Any]:
     store = await open_store(StoreSettings(path=url, pool_size=SAVERS, busy_timeout_s=60.0))
     try:
-        beside.do("SELECT 1")
         rates = {str(at_once): await commits(store, at_once) for at_once in (1, SAVERS)}
         found = {"commits_per_s": rates, "turns": await turns(store, beside)}
         found["streamed"] = await streamed(store, beside)

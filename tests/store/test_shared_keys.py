@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+from contextlib import closing
+
 import pytest
+from conftest import StartApp
 from store_builders import NOW
+from store_places import PostgresPlace
 
 from run_verbs import RunStore
 from sealing import Seals
@@ -56,3 +61,13 @@ async def test_keys_that_nobody_has_had_for_long_are_forgotten(
     await starts(store, OLD)
     await starts(store, OTHER, at=NOW + KEYS_LEASE_S)
     assert caplog.messages == []
+
+
+async def test_a_process_looks_at_its_keys_when_it_starts(
+    start_app: StartApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(PostgresPlace()) as place:
+        for key in (OLD, OTHER):
+            text = base64.b64encode(key).decode()
+            await start_app(store={"path": place.url}, sealing={"keys": (text,)})
+    assert [each.name for each in caplog.records if "sealing.keys" in each.message] == ["responses_proxy.services"]
