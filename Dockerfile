@@ -4,7 +4,7 @@ ARG PYTHON=3.13
 FROM python:${PYTHON}-slim AS build
 COPY *.py pyproject.toml README.md LICENSE /src/
 RUN python -m venv /opt/venv
-RUN /opt/venv/bin/python -m pip install --no-cache-dir '/src[pdf]'
+RUN /opt/venv/bin/python -m pip install --no-cache-dir '/src[pdf,postgres]'
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/venv /opt/venv

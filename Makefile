@@ -71,7 +71,7 @@ pyz: $(VENV)/pyz.stamp
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/pyz .
 	set -e; for version in $(PYZ_PYTHONS); do \
 	  $(BIN)/python -m pip install --quiet --no-compile --only-binary=:all: --python-version $$version \
-	    --target build/pyz/$$version "$$(echo build/pyz/*.whl)[pdf]"; \
+	    --target build/pyz/$$version "$$(echo build/pyz/*.whl)[pdf,postgres]"; \
 	  cp -R build/pyz/$$version/. build/pyz/all; \
 	done
 	rm -r build/pyz/all/bin build/pyz/all/responses_proxy-*.dist-info

@@ -41,6 +41,11 @@ class Seals:
         self._keys = _with_ids(keys)
         self._changed = changed
 
+    @property
+    def key_names(self) -> list[str]:
+        """Tells keys apart; it is in every blob, and tells nothing of the key."""
+        return [key_id.hex() for key_id, _ in self._keys]
+
     def seal(self, kind: str, owner: str, item_id: str, payload: bytes) -> str:
         """A blob that `open` takes for the same kind, owner and item only."""
         self._take_over()

@@ -42,6 +42,7 @@ from stored import Stored
 from tracing import Tracing
 from turns import Means, Turns
 from upkeep import ended, keep_learned_again_and_again, kept_up, purge_again_and_again, told_to_stop
+from verbs import Lock
 from vocabulary import load
 from watching import Watcher
 from windows import Windows
@@ -49,6 +50,10 @@ from windows import Windows
 log = logging.getLogger("responses_proxy.services")
 
 IN_MEMORY = ":memory:"
+# Held by the name of the key that seals, so that a process that has other keys cannot get it.
+KEYS_LEASE = "sealing keys"
+DAY_S = 24 * 3600
+KEYS_LEASE_S = 30 * DAY_S
 AUTH_MODES = {
     "none": "none, everybody is one owner",
     "keys": "keys of {} client(s)",
@@ -106,6 +111,8 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         quotas = own_quotas(settings.limits, time.monotonic)
         means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, observer, quotas)
         services = await make_services(settings, store, means)
+        if is_database(settings.store.path):
+            await tell_other_keys(store, means.seals, sources.clock())
         stack.push_async_callback(services.readiness.close)
         stack.push_async_callback(services.turns.ahead.close)
         stack.push_async_callback(services.catalogue.close)
@@ -189,6 +196,26 @@ def make_seals(settings: Settings) -> Seals:
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error
     return Seals(keys) if given or key_file is None else Seals(keys, KeyFile(key_file).changed)
+
+
+async def tell_other_keys(store: RunStore, seals: Seals, now: float) -> None:
+    """Says it when processes that share the store seal with other keys: what one has sealed, the others refuse."""
+    locks = [Lock(KEYS_LEASE, name) for name in seals.key_names]
+    try:
+        known = [lock for lock in locks if await store.acquire(lock, now, now + KEYS_LEASE_S)]
+        if known and known[0] is not locks[0]:  # they were rotated: the first one counts from now on
+            await store.release(known[0])
+            await store.acquire(locks[0], now, now + KEYS_LEASE_S)
+    except StoreError as error:
+        log.warning("the sealing keys could not be compared with those of other processes: %s", error.message)
+        return
+    if not known:
+        log.error(
+            "sealing.keys is not what other processes on this store have, or had in the last %d days: reasoning and "
+            "compaction items that they sealed are refused here, and background runs of clients with keys of their own "
+            "fail. Give every process the same keys",
+            KEYS_LEASE_S / DAY_S,
+        )
 
 
 def key_file_of(settings: Settings) -> Path | None:

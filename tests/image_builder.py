@@ -156,7 +156,8 @@ def base_system(at: Path, folder: Path) -> dict[str, str]:
     packages = at / "packages"
     packages.mkdir(parents=True)
     project = tomllib.loads((folder / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["pdf"]]
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["pdf"], *extras["postgres"]]
     for name in closure([*wanted, *project["build-system"]["requires"]]):
         link_distribution(name, packages)
     program(at / "bin" / "python", f'exec {shlex.quote(sys._base_executable)} "$@"')  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -17,12 +18,16 @@ from conftest import ROOT
 from image_builder import steps
 
 from settings import SECTIONS, ServerSettings, Settings, load_settings
+from store import is_database
 
 KUBERNETES = "1.34"
 COMPOSE = ROOT / "compose.yaml"
+COMPOSE_REPLICAS = ROOT / "deploy" / "compose.replicas.yaml"
 SIDECAR = ROOT / "deploy" / "kubernetes" / "sidecar.yaml"
+REPLICAS = ROOT / "deploy" / "kubernetes" / "replicas.yaml"
+POSTGRES = ROOT / "deploy" / "kubernetes" / "postgres.yaml"
 UNIT = ROOT / "deploy" / "systemd" / "responses-proxy.service"
-DOCUMENTS = [ROOT / "docs" / "backends.md", ROOT / "docs" / "deploy.md"]
+DOCUMENTS = [ROOT / "docs" / name for name in ("backends.md", "deploy.md", "scaling.md")]
 GRACE_S = ServerSettings().shutdown_grace_s
 # The store gets so long after the grace for an answer that is being saved: docs/background.md.
 SAVING_S = 5
@@ -52,8 +57,9 @@ def services() -> dict[str, Any]:
     return found
 
 
-def test_compose_is_valid_by_its_schema() -> None:
-    done = check_compose(COMPOSE)
+@pytest.mark.parametrize("path", [COMPOSE, COMPOSE_REPLICAS], ids=lambda path: path.name)
+def test_compose_is_valid_by_its_schema(path: Path) -> None:
+    done = check_compose(path)
     assert done.returncode == 0, done.stdout
 
 
@@ -88,11 +94,11 @@ def test_compose_leaves_running_turns_their_time(services: dict[str, Any]) -> No
 # -- Kubernetes --------------------------------------------------------------------------------------------------------
 
 
-OBJECTS = list(yaml.safe_load_all(SIDECAR.read_text()))
+OBJECTS, THREE, DATABASE = (list(yaml.safe_load_all(path.read_text())) for path in (SIDECAR, REPLICAS, POSTGRES))
 
 
-def the(kind: str) -> dict[str, Any]:
-    (found,) = (each for each in OBJECTS if each["kind"] == kind)
+def the(kind: str, of: list[dict[str, Any]] = OBJECTS) -> dict[str, Any]:
+    (found,) = (each for each in of if each["kind"] == kind)
     return found
 
 
@@ -120,7 +126,11 @@ def environ_of(container: dict[str, Any]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("found", OBJECTS, ids=lambda found: f"{found['kind']}/{found['metadata']['name']}")
+@pytest.mark.parametrize(
+    "found",
+    [*OBJECTS, *THREE, *DATABASE],
+    ids=lambda found: f"{found['kind']}/{found['metadata']['name']}",
+)
 def test_every_object_is_valid_by_its_schema(found: dict[str, Any]) -> None:
     assert kubernetes_validate.validate(found, KUBERNETES, strict=True) == KUBERNETES
 
@@ -165,7 +175,9 @@ def test_every_volume_of_the_pod_is_there(pod: dict[str, Any]) -> None:
     assert claims == {each["metadata"]["name"] for each in OBJECTS if each["kind"] == "PersistentVolumeClaim"}
 
 
-def test_the_pod_gives_the_proxy_no_more_than_it_needs(proxy: dict[str, Any]) -> None:
+@pytest.mark.parametrize("objects", [OBJECTS, THREE], ids=["sidecar", "replicas"])
+def test_the_pod_gives_the_proxy_no_more_than_it_needs(objects: list[dict[str, Any]]) -> None:
+    proxy = container(the("Deployment", objects)["spec"]["template"]["spec"], "proxy")
     assert proxy["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 65532,
@@ -203,9 +215,142 @@ def test_the_pod_leaves_running_turns_their_time_and_their_backend(pod: dict[str
     assert pod["terminationGracePeriodSeconds"] > backend_s
 
 
-def test_the_pod_has_the_image_of_this_version(proxy: dict[str, Any]) -> None:
+@pytest.mark.parametrize("objects", [OBJECTS, THREE], ids=["sidecar", "replicas"])
+def test_the_pod_has_the_image_of_this_version(objects: list[dict[str, Any]]) -> None:
+    proxy = container(the("Deployment", objects)["spec"]["template"]["spec"], "proxy")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert proxy["image"].rpartition("/")[2] == f"responses-proxy:{version}"
+
+
+# -- three replicas ----------------------------------------------------------------------------------------------------
+
+# In the head of the manifest: what goes into the Secret.
+LINE = re.compile(r"^#   ([A-Z_]+)=(\S+)", re.MULTILINE)
+# In a file of Compose: what stands for a variable that is not set.
+DEFAULT = re.compile(r"\$\{\w+:-(.*)\}")
+# PostgreSQL keeps so many for superusers.
+RESERVED_CONNECTIONS = 3
+
+
+@pytest.fixture
+def deployment() -> dict[str, Any]:
+    found: dict[str, Any] = the("Deployment", THREE)["spec"]
+    return found
+
+
+@pytest.fixture
+def replica(deployment: dict[str, Any]) -> dict[str, Any]:
+    (only,) = deployment["template"]["spec"]["containers"]
+    found: dict[str, Any] = only
+    return found
+
+
+@pytest.fixture
+def secret() -> dict[str, str]:
+    return dict(LINE.findall(REPLICAS.read_text()))
+
+
+@pytest.fixture
+def told(secret: dict[str, str], replica: dict[str, Any], tmp_path: Path) -> Settings:
+    """The settings of a replica."""
+    ((name, text),) = the("ConfigMap", THREE)["data"].items()
+    (tmp_path / name).write_text(text)
+    environ = {each["name"]: each["value"] for each in replica["env"]}
+    assert environ["RESPONSES_PROXY_CONFIG"] == f"{mount_path(replica, 'config')}/{name}"
+    return settings_of({**environ, **secret}, tmp_path / name)
+
+
+def test_the_secret_tells_the_database_and_the_keys(secret: dict[str, str], told: Settings) -> None:
+    assert told.store.path == secret["RESPONSES_PROXY_STORE__PATH"]
+    assert is_database(told.store.path)
+    assert ":" not in told.store.path.partition("://")[2].partition("@")[0], "a password in an address"
+    assert told.sealing.keys
+    assert {"PGPASSWORD", *(each.api_key_env for each in told.upstream)} <= set(secret)
+
+
+def test_several_sealing_keys_come_from_one_variable() -> None:
+    assert settings_of({"RESPONSES_PROXY_SEALING__KEYS": "first, second"}).sealing.keys == ("first", "second")
+
+
+def test_no_list_of_processes_shows_a_secret(replica: dict[str, Any], secret: dict[str, str]) -> None:
+    assert replica["envFrom"] == [{"secretRef": {"name": "responses-proxy"}}]
+    assert not {"args", "command"} & set(replica)
+    assert not secret.keys() & {each["name"] for each in replica["env"]}
+    assert "kubectl create secret generic responses-proxy --from-env-file=" in REPLICAS.read_text()
+
+
+def test_an_update_takes_no_replica_away_before_another_one_is_ready(deployment: dict[str, Any]) -> None:
+    assert deployment["replicas"] == 3
+    assert deployment["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
+    }
+    budget = the("PodDisruptionBudget", THREE)["spec"]
+    assert budget["minAvailable"] == deployment["replicas"] - 1
+    assert budget["selector"] == deployment["selector"]
+
+
+def test_a_replica_is_out_of_the_service_before_it_stops_and_ends_its_turns(
+    deployment: dict[str, Any], replica: dict[str, Any]
+) -> None:
+    before_s = int(replica["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert before_s > replica["readinessProbe"]["periodSeconds"]
+    assert deployment["template"]["spec"]["terminationGracePeriodSeconds"] > before_s + GRACE_S + SAVING_S
+
+
+def test_a_replica_is_started_kept_and_asked_by_the_routes_for_it(replica: dict[str, Any]) -> None:
+    paths = {kind: replica[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+    (port,) = replica["ports"]
+    (service,) = the("Service", THREE)["spec"]["ports"]
+    assert (port["containerPort"], port["name"]) == (int(instruction("EXPOSE")), service["targetPort"])
+
+
+def test_a_replica_may_write_where_the_image_does(deployment: dict[str, Any], replica: dict[str, Any]) -> None:
+    volumes = {each["name"] for each in deployment["template"]["spec"]["volumes"]}
+    assert {each["name"] for each in replica["volumeMounts"]} == volumes
+    assert mount_path(replica, "data") == instruction("VOLUME")
+
+
+def test_replicas_keep_apart_and_are_found(deployment: dict[str, Any]) -> None:
+    labels = deployment["template"]["metadata"]["labels"]
+    assert labels == deployment["selector"]["matchLabels"] == the("Service", THREE)["spec"]["selector"]
+    (spread,) = deployment["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["labelSelector"]) == ("kubernetes.io/hostname", deployment["selector"])
+
+
+def test_the_example_of_a_database_has_connections_for_all_of_them(deployment: dict[str, Any], told: Settings) -> None:
+    (database,) = the("StatefulSet", DATABASE)["spec"]["template"]["spec"]["containers"]
+    (given,) = (int(each.partition("=")[2]) for each in database["args"] if each.startswith("max_connections="))
+    replicas = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"]
+    assert replicas * (told.store.pool_size + 1) < given - RESERVED_CONNECTIONS
+
+
+def test_the_example_of_a_database_is_the_one_that_the_secret_names(secret: dict[str, str]) -> None:
+    (database,) = the("StatefulSet", DATABASE)["spec"]["template"]["spec"]["containers"]
+    environ = environ_of(database)
+    address = urlsplit(secret["RESPONSES_PROXY_STORE__PATH"])
+    host = the("Service", DATABASE)["metadata"]["name"]
+    assert (address.username, address.hostname, address.path[1:]) == (
+        environ["POSTGRES_USER"],
+        host,
+        environ["POSTGRES_DB"],
+    )
+    assert environ["POSTGRES_PASSWORD"] == "PGPASSWORD"
+    assert "TRY" in POSTGRES.read_text().partition("\n")[0]
+
+
+def test_compose_has_three_replicas_of_one_database() -> None:
+    services = yaml.safe_load(COMPOSE_REPLICAS.read_text())["services"]
+    proxy = services["proxy"]
+    found = settings_of({name: DEFAULT.sub(r"\1", value) for name, value in proxy["environment"].items()})
+    assert (proxy["deploy"]["replicas"], is_database(found.store.path)) == (3, True)
+    assert (proxy["read_only"], proxy["cap_drop"], proxy["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
+    assert int(proxy["stop_grace_period"].removesuffix("s")) > GRACE_S + SAVING_S
+    assert "ports" not in proxy
+    secrets = (proxy["environment"]["PGPASSWORD"], proxy["environment"]["RESPONSES_PROXY_SEALING__KEYS"])
+    assert all(each.startswith("${") and ":?" in each for each in secrets)
+    assert services["balancer"]["ports"] == ["127.0.0.1:8080:80"]
 
 
 # -- systemd -----------------------------------------------------------------------------------------------------------
@@ -293,7 +438,10 @@ def test_every_settings_file_in_the_documents_loads(text: str, tmp_path: Path) -
     assert settings_of({}, tmp_path / "config.toml") != Settings()
 
 
-@pytest.mark.parametrize("path", [ROOT / "Dockerfile", COMPOSE, SIDECAR, UNIT, *DOCUMENTS], ids=lambda path: path.name)
+FILES = [ROOT / "Dockerfile", COMPOSE, COMPOSE_REPLICAS, SIDECAR, REPLICAS, UNIT, *DOCUMENTS]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_variable_of_ours_is_a_setting(path: Path) -> None:
     for section, key in re.findall(r"RESPONSES_PROXY_([A-Z]+)__([A-Z_]+)", path.read_text()):
         assert key.lower() in SECTIONS[section.lower()].__dataclass_fields__, f"{section}__{key}"

@@ -137,6 +137,14 @@ def test_without_an_upstream_the_image_says_what_it_lacks(image: Image, environ:
     assert "no upstream: give --upstream URL" in done.stderr
 
 
+def test_the_image_speaks_to_a_database(image: Image, environ: dict[str, str]) -> None:
+    """With nobody there to answer, it says that, and not that a package is missing."""
+    database = {"RESPONSES_PROXY_STORE__PATH": "postgresql://user@127.0.0.1:9/database"}
+    done = run(image, image.entrypoint, environ | database)
+    assert done.returncode != 0
+    assert "'postgresql://127.0.0.1:9/database' cannot be reached" in done.stderr
+
+
 def test_the_program_takes_its_arguments_from_the_command(image: Image, environ: dict[str, str]) -> None:
     done = run(image, [*image.entrypoint, "--version"], environ)
     assert (done.returncode, done.stdout.split()[0]) == (0, "responses-proxy")
