@@ -25,6 +25,16 @@ from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Pa
 NAME = "responses-proxy"
 # The statements of this program are about this many.
 CACHED_STATEMENTS = 256
+# How statements are planned: once for a connection, because to plan one takes longer than most of them take; by the
+# keys that they name, because a table that has just grown has no statistics, without which all of it would be read; and
+# without a compiler, which is for those that read much. Source: postgresql.org/docs/current/runtime-config-query.html.
+PLANS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
 
 
 async def open_store(settings: StoreSettings) -> RunStore:
@@ -52,8 +62,7 @@ async def _connected(what: str, settings: StoreSettings) -> asyncpg.Pool:
 
 
 async def _pool(settings: StoreSettings) -> asyncpg.Pool:
-    # A compiler for queries that read much takes longer than any of these.
-    session = {"application_name": NAME} | ({"jit": "off"} if settings.prepared_statements else {})
+    session = {"application_name": NAME} | (PLANS if settings.prepared_statements else {})
     pool: asyncpg.Pool = await asyncpg.create_pool(
         settings.path,
         min_size=1,

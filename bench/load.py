@@ -5,8 +5,9 @@
 `--keep` says what the server is to keep: nothing, every response, or one chain of responses for each connection.
 `--background` asks for background responses. With `--mode stream` each is read live; with `--mode plain` and `--store
 PLACE` each is fetched once, as soon as the file or the database says that it has ended, which costs the server nothing;
-with `--mode admit` it is left in the queue. With several ports, as `--port 8001,8002`, a client takes the next one for
-every request, so that chains hop between the servers. `--owners` spreads the connections over that many client keys, `bench-0` and so on.
+with `--mode admit` it is left in the queue. With several ports, `--port 8001,8002`, a client takes the next one for
+every request: chains hop between servers. `--owners` spreads the connections over that many client keys, `bench-0` and
+so on.
 `--passing` streams chat completions, and `--mode upload` sends embeddings requests of so many `--megabytes`.
 """
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import httptools
@@ -170,13 +172,15 @@ class FileEnds(Ends):
 
 
 class DatabaseEnds(Ends):
-    """Looks less often, for it costs the database something."""
+    """Looks less often, and by the keys, for it costs the database something."""
 
     look_every_s = 5 * LOOK_EVERY_S
+    BY_KEYS = MappingProxyType({"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"})
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self._connecting = asyncio.create_task(importlib.import_module("asyncpg").connect(url))
+        connect = importlib.import_module("asyncpg").connect
+        self._connecting = asyncio.create_task(connect(url, server_settings=dict(self.BY_KEYS)))
 
     async def look(self) -> set[str]:
         return {row["id"] for row in await (await self._connecting).fetch(UNFINISHED)}

@@ -57,7 +57,7 @@ def started(folder_of_programs: Path, options: dict[str, str]) -> Program:
         as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         os.chown(folder, NOBODY, NOBODY)
     data = folder / "data"
-    init = [folder_of_programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=utf8"]
+    init = [str(folder_of_programs / "initdb"), "-D", str(data), "-U", "postgres", "--auth=trust", "--encoding=utf8"]
     subprocess.run([*init, "--no-sync", "-N"], check=True, capture_output=True, cwd=folder, timeout=50, **as_user)
     flags = [f"-c{name}={value}" for name, value in {**options, "unix_socket_directories": str(folder)}.items()]
     with (folder / "log").open("wb") as log:
@@ -77,7 +77,8 @@ async def _answers(program: Program) -> None:
     give_up_at = time.monotonic() + START_LIMIT_S
     while True:
         try:
-            return await (await asyncpg.connect(program.url)).close()
+            await (await asyncpg.connect(program.url)).close()
+            return
         except (OSError, asyncpg.CannotConnectNowError):
             if time.monotonic() > give_up_at or program.process.poll() is not None:
                 raise AssertionError(program.log.read_text()) from None
