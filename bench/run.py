@@ -768,14 +768,14 @@ event loop, which copy bytes. The large body is of {UPLOAD_MEGABYTES} MB, and so
 
 Replicas (`bench/replicas.py`) are processes that share one PostgreSQL, which keeps what it has said was kept (`fsync`,
 `synchronous_commit` and `full_page_writes` are on); it comes from the package pgserver, or `PG_URL` names one. Chains
-hop to the next replica with every turn. Medians of {FULL.replica_rounds} rounds in which the three kinds of stand take
-turns. **Here the three replicas share {os.cpu_count()} cores with the database, the load generator and the backend, so
-they cannot be three times as fast as one; they only divide the same cores.** What machines of their own carry follows
-from the CPU per turn: a replica has one core for its event loop, so N replicas carry N times 1,000,000 / (CPU per turn of
-the proxy, in µs) turns a second at most, for as long as a database of C cores carries them, which is C times 1,000,000 /
-(CPU per turn of the database). CPU of the database is of all its processes, those that have ended included. Statements
-are counted by the log of the server, in a run of their own: all that a process sends, parsing, beginning and ending of
-transactions, and what it asks beside its turns included.
+hop to the next replica with every turn. Medians of {FULL.replica_rounds} rounds in which the three stands take turns.
+**Here three replicas share {os.cpu_count()} cores with the database, the load generator and the backend, so they cannot
+be three times as fast as one: they divide the same cores.** What machines of their own carry follows from the CPU per
+turn: a replica has one core for its event loop, so N replicas carry at most N times 1,000,000 / (µs per turn of the
+proxy) turns a second, as long as the database does, whose C cores carry at most C times 1,000,000 / (µs per turn of the
+database). CPU of the database is of all its processes, those that have ended included. Statements are counted by the
+log of the server, in a run of their own: all that processes send, beginning and ending of transactions and what they
+ask beside their turns included. A file has no CPU of its own: the process writes it.
 """
 
 
