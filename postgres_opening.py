@@ -24,6 +24,16 @@ log = logging.getLogger("responses_proxy.store")
 NAME = "responses-proxy"
 # The statements of this program are about this many.
 CACHED_STATEMENTS = 256
+# How statements are planned: once for a connection, because to plan one takes longer than most of them take; by the
+# keys that they name, because a table that has just grown has no statistics, without which all of it would be read; and
+# without a compiler, which is for those that read much. Source: postgresql.org/docs/current/runtime-config-query.html.
+PLANS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
 NOW = "SELECT extract(epoch FROM clock_timestamp())::double precision"
 CLOCKS_APART_S = 2.0
 # How soon a connection that listens has to answer.
@@ -73,12 +83,11 @@ def _compare(theirs_at: float, before_at: float, after_at: float) -> None:
 
 
 async def _pool(settings: StoreSettings, known: Known) -> asyncpg.Pool:
-    # A compiler for queries that read much takes longer than any of these. What a process that cannot be reached any
-    # more has begun holds up nobody for longer than a verb.
+    # What a process that cannot be reached any more has begun holds up nobody for longer than a verb.
     idle_ms = str(math.ceil(settings.statement_timeout_s * 1000))
     session = {"application_name": NAME}
     if settings.prepared_statements:
-        session |= {"jit": "off", "idle_in_transaction_session_timeout": idle_ms}
+        session |= {**PLANS, "idle_in_transaction_session_timeout": idle_ms}
 
     async def note(connection: asyncpg.Connection) -> None:
         known.add(connection)

@@ -4,19 +4,24 @@
 `--mode hold` opens `--count` streams, prints once all have begun, and closes them when its standard input ends.
 `--keep` says what the server is to keep: nothing, every response, or one chain of responses for each connection.
 `--background` asks for background responses. With `--mode stream` each is read live; with `--mode plain` and `--store
-FILE` each is fetched once, as soon as the file says that it has ended, which costs the server nothing; with `--mode
-admit` it is left in the queue. `--owners` spreads the connections over that many client keys, `bench-0` and so on.
+PLACE` each is fetched once, as soon as the file or the database says that it has ended, which costs the server nothing;
+with `--mode admit` it is left in the queue. With several ports, `--port 8001,8002`, a client takes the next one for
+every request: chains hop between servers. `--owners` spreads the connections over that many client keys, `bench-0` and
+so on.
 `--passing` streams chat completions, and `--mode upload` sends embeddings requests of so many `--megabytes`.
 """
 
 import argparse
 import asyncio
+import importlib
+import itertools
 import sqlite3
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import httptools
@@ -131,10 +136,11 @@ async def connect(port: int) -> Connection:
 
 
 class Ends:
-    """Knows from the store's file which runs have ended. A reader of the file costs its writer nothing."""
+    """Knows from the store which runs have ended. `look_again_and_again`, each time from another `look`."""
 
-    def __init__(self, path: str) -> None:
-        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    look_every_s = LOOK_EVERY_S
+
+    def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Future[None]] = {}
 
     async def wait_for(self, response_id: str) -> None:
@@ -144,20 +150,51 @@ class Ends:
 
     async def look_again_and_again(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            if self._waiting:
-                for ended in self._waiting.keys() - {response_id for (response_id,) in self._db.execute(UNFINISHED)}:
+            await asyncio.sleep(self.look_every_s)
+            if waiting := set(self._waiting):
+                for ended in waiting - await self.look():
                     self._waiting.pop(ended).set_result(None)
+
+    async def look(self) -> set[str]:
+        """The runs that have not ended."""
+        raise NotImplementedError
+
+
+class FileEnds(Ends):
+    """A reader of the file costs its writer nothing."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+
+    async def look(self) -> set[str]:
+        return {response_id for (response_id,) in self._db.execute(UNFINISHED)}
+
+
+class DatabaseEnds(Ends):
+    """Looks less often, and by the keys, for it costs the database something."""
+
+    look_every_s = 5 * LOOK_EVERY_S
+    BY_KEYS = MappingProxyType({"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"})
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        connect = importlib.import_module("asyncpg").connect
+        self._connecting = asyncio.create_task(connect(url, server_settings=dict(self.BY_KEYS)))
+
+    async def look(self) -> set[str]:
+        return {row["id"] for row in await (await self._connecting).fetch(UNFINISHED)}
 
 
 class Client:
-    """One connection, opened again where the server has closed it."""
+    """A connection to each server, opened again where that has closed it."""
 
     def __init__(self, given: argparse.Namespace, number: int) -> None:
         self._given = given
         owner = b"authorization: Bearer bench-%d\r\n" % (number % given.owners) if given.owners else b""
         self._headers = b"host: 127.0.0.1\r\n" + owner
-        self._connection: Connection | None = None
+        self._ports = itertools.cycle(given.port[number % len(given.port) :] + given.port[: number % len(given.port)])
+        self._connections: dict[int, Connection] = {}
 
     async def create(self, previous_id: str | None = None) -> Exchange:
         given = self._given
@@ -192,13 +229,15 @@ class Client:
         return await self._send(b"GET /v1/responses/%b" % response_id.encode(), b"\r\n")
 
     async def _send(self, target: bytes, rest: bytes, kind: type[Exchange] = Exchange) -> Exchange:
-        if self._connection is None or self._connection.transport.is_closing():
-            self._connection = await connect(self._given.port)
-        return self._connection.send(target + b" HTTP/1.1\r\n" + self._headers + rest, kind)
+        port = next(self._ports)
+        connection = self._connections.get(port)
+        if connection is None or connection.transport.is_closing():
+            connection = self._connections[port] = await connect(port)
+        return connection.send(target + b" HTTP/1.1\r\n" + self._headers + rest, kind)
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.transport.close()
+        for connection in self._connections.values():
+            connection.transport.close()
 
 
 async def work(given: argparse.Namespace, number: int, ends: Ends | None) -> list[Exchange]:
@@ -220,8 +259,12 @@ async def work(given: argparse.Namespace, number: int, ends: Ends | None) -> lis
     return done
 
 
+def ends_in(store: str) -> Ends:
+    return DatabaseEnds(store) if "://" in store else FileEnds(store)
+
+
 async def drive(given: argparse.Namespace) -> None:
-    ends = Ends(given.store) if given.store else None
+    ends = ends_in(given.store) if given.store else None
     looking = asyncio.create_task(ends.look_again_and_again()) if ends else None
     begun_at = time.perf_counter()
     async with asyncio.timeout(DEADLINE_S):
@@ -263,9 +306,13 @@ async def hold(given: argparse.Namespace) -> None:
         client.close()
 
 
+def ports_in(given: str) -> list[int]:
+    return [int(port) for port in given.split(",")]
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--port", type=int, required=True)
+    flags.add_argument("--port", type=ports_in, required=True)
     flags.add_argument("--mode", choices=("stream", "plain", "admit", "hold", "upload"), required=True)
     flags.add_argument("--keep", choices=("nothing", "turns", "chains"), default="nothing")
     flags.add_argument("--background", action="store_true")

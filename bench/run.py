@@ -35,6 +35,7 @@ ROOT = BENCH.parent
 PROGRAMS = {"relay": "bench/relay.py", "bytes": "bench/bytes_relay.py", "proxy": "proxy.py"}
 START_LIMIT_S = 20
 CHILD_LIMIT_S = 90
+REPLICAS_LIMIT_S = 600
 WORD_CHARACTERS = 5
 PER_CHUNK_BOUND = 1.6
 PER_REQUEST_BOUND = 2.0
@@ -49,6 +50,8 @@ ADMISSION_BOUND = 1.5
 AHEAD_BOUND = 1.2
 COUNTING_BOUND = 1.15
 PASSING_BOUND = 1.2
+# For a turn of a chain that somebody waits for.
+STATEMENTS_BOUND = 4
 UPLOAD_MEGABYTES, UPLOADS = 20, 4
 OWNERS = 20
 OWNER_KEYS = tuple(f"bench-{number}" for number in range(OWNERS))
@@ -79,12 +82,15 @@ class Plan:
     live_streams: int = 32
     queued_runs: int = 10_000
     queue_rounds: int = 3
+    replica_rounds: int = 4
     window_chains: int = 12
     chain_turns: int = 50
 
 
 FULL = Plan(rounds=15, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=3)
-QUICK = Plan(rounds=5, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=1)
+QUICK = Plan(
+    rounds=5, paced_streams=8, free_streams=16, plain_requests=600, first_events=40, idle_rounds=1, replica_rounds=2
+)
 
 
 @dataclass(frozen=True)
@@ -504,6 +510,65 @@ def upload_ms(server: Server) -> float:
     return (server.cpu_s() - before) * 1000 / UPLOADS
 
 
+STANDS = {"file": "one process on a file", "one": "one on PostgreSQL", "three": "three on PostgreSQL"}
+KINDS = {
+    "not stored": "plain, `store: false`",
+    "first": "plain, first turns",
+    "chained": "plain, turns of chains",
+    "chained, streamed": "streamed, turns of chains",
+    "background": "in background",
+}
+
+
+def replicas(bench: Bench) -> list[Row]:
+    """The same turns on a file and on PostgreSQL, by one process and by three that share it; left out without one."""
+    bench.script(chunks=WORDS)
+    command = [sys.executable, str(BENCH / "replicas.py"), "--backend-port", str(bench.backend_port)]
+    given = ["--url", os.environ["PG_URL"]] if os.environ.get("PG_URL") else []
+    seen = printed([*command, "--rounds", str(bench.plan.replica_rounds), *given], REPLICAS_LIMIT_S)
+    if not seen:
+        print("no PostgreSQL: PG_URL is not set, and there is no package pgserver; left out", file=sys.stderr)
+        return []
+    rows = [row for kind in KINDS for row in replica_rows(KINDS[kind], seen["rounds"][kind])]
+    return [*rows, *statement_rows(seen["statements"])]
+
+
+def replica_rows(kind: str, rounds: dict[str, list[dict[str, float]]]) -> list[Row]:
+    def each(stand: str, what: str) -> list[float]:
+        return [seen[what] for seen in rounds[stand]]
+
+    per_s = {stand: each(stand, "per_s") for stand in STANDS}
+    what = f"200 clients, {kind}:"
+    rows = [Row.of_rounds(f"{what} {STANDS[stand]}", "turns per s", per_s[stand]) for stand in STANDS]
+    rows += [
+        Row.of_ratios(f"{what} three : one, on PostgreSQL", map(truediv, per_s["three"], per_s["one"])),
+        Row.of_ratios(f"{what} one on PostgreSQL : one on a file", map(truediv, per_s["one"], per_s["file"])),
+    ]
+    for stand, name in STANDS.items():
+        rows.append(Row.of_rounds(f"{what} CPU per turn of the proxy, {name}", "µs", each(stand, "proxy_us")))
+    for stand in ("one", "three"):
+        if any(spent := each(stand, "database_us")):
+            rows.append(Row.of_rounds(f"{what} CPU per turn of the database, {STANDS[stand]}", "µs", spent))
+    return rows
+
+
+def statement_rows(counted: dict[str, float]) -> list[Row]:
+    """Of a database whose log can be read."""
+    rows = [
+        Row(
+            f"Statements per turn, three on PostgreSQL, {KINDS[kind]}",
+            "statements",
+            each,
+            bound=STATEMENTS_BOUND if kind.startswith("chained") else None,
+        )
+        for kind, each in counted.items()
+        if kind in KINDS
+    ]
+    if "idle" in counted:
+        rows.append(Row("Statements per second of a process that has nothing to do", "per s", counted["idle"]))
+    return rows
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "paced": paced,
     "free": free,
@@ -520,6 +585,7 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "ahead": ahead,
     "counting": counting,
     "passing": passing,
+    "replicas": replicas,
 }
 
 
@@ -546,9 +612,9 @@ def storing(measure: str, rounds: int) -> dict[str, Any]:
         return printed([*command, "--rounds", str(rounds)])
 
 
-def printed(command: list[str]) -> dict[str, Any]:
+def printed(command: list[str], limit_s: float = CHILD_LIMIT_S) -> dict[str, Any]:
     """The JSON that a program writes."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=CHILD_LIMIT_S, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=limit_s, check=True)
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen
 
@@ -699,6 +765,17 @@ chunk, which is less than models take.
 
 What goes through as it is stands beside another relay (`bench/bytes_relay.py`): aiohttp's server and client on the same
 event loop, which copy bytes. The large body is of {UPLOAD_MEGABYTES} MB, and so is its answer.
+
+Replicas (`bench/replicas.py`) are processes that share one PostgreSQL, which keeps what it has said was kept (`fsync`,
+`synchronous_commit` and `full_page_writes` are on); it comes from the package pgserver, or `PG_URL` names one. Chains
+hop to the next replica with every turn. Medians of {FULL.replica_rounds} rounds in which the three stands take turns.
+**Here three replicas share {os.cpu_count()} cores with the database, the load generator and the backend, so they cannot
+be three times as fast as one: they divide the same cores.** What machines of their own carry follows from the CPU per
+turn: a replica has one core for its event loop, so N replicas carry at most N times 1,000,000 / (µs per turn of the
+proxy) turns a second, as long as the database does, whose C cores carry at most C times 1,000,000 / (µs per turn of the
+database). CPU of the database is of all its processes, those that have ended included. Statements are counted by the
+log of the server, in a run of their own: all that processes send, beginning and ending of transactions and what they
+ask beside their turns included. A file has no CPU of its own: the process writes it.
 """
 
 

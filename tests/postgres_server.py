@@ -6,22 +6,15 @@ Each test has the same schema to itself, emptied before it begins: to make one t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib.util
 import os
-import shutil
-import subprocess
-import tempfile
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import asyncpg
 import pytest
+from postgres_program import programs, started
 
 from postgres_tables import TABLES
 from store import StoreSettings
@@ -40,8 +33,6 @@ OPTIONS = {
     "listen_addresses": "",
     "deadlock_timeout": "100ms",
 }
-# PostgreSQL refuses to run as root.
-NOBODY = 65534
 # What is left to do when all tests have ended.
 ENDS: list[Callable[[], None]] = []
 
@@ -125,49 +116,10 @@ def _ask(url: str, statements: str) -> None:
 
 
 def _started() -> str:
-    spec = importlib.util.find_spec("pgserver")
-    if spec is None or not spec.submodule_search_locations:
+    folder = programs()
+    if folder is None:
         pytest.skip("no PostgreSQL: PG_URL is not set, and the package pgserver has no wheel for this platform")
-    programs = Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of a socket may have 107 bytes
-    as_user: dict[str, Any] = {}
-    if os.name == "posix" and os.geteuid() == 0:
-        as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        os.chown(folder, NOBODY, NOBODY)
-    data = folder / "data"
-    init = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-sync", "-N"]
-    subprocess.run(init, check=True, capture_output=True, cwd=folder, timeout=50, **as_user)
-    options = [f"-c{name}={value}" for name, value in {**OPTIONS, "unix_socket_directories": str(folder)}.items()]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user
-        )
-    ENDS.append(partial(_stop, server, folder))
-    url = f"postgresql://postgres@/postgres?host={quote(str(folder))}"
-    _wait_for(url, folder / "log")
-    return url
-
-
-def _wait_for(url: str, log: Path) -> None:
-    for _ in _until(20.0):
-        with contextlib.suppress(OSError, asyncpg.CannotConnectNowError):
-            _ask(url, "SELECT 1")
-            return
-    raise AssertionError(log.read_text())
-
-
-def _until(seconds: float) -> Iterator[None]:
-    wait = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        yield
-        wait.wait(0.02)
-
-
-def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
-    server.terminate()
-    try:
-        server.wait(5)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ThreadPoolExecutor(1) as thread:
+        program = thread.submit(started, folder, OPTIONS).result()
+    ENDS.append(program.stop)
+    return program.url
