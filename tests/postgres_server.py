@@ -154,9 +154,7 @@ class Server:
         self.url = f"postgresql://postgres@/postgres?host={quote(str(self._folder))}"
         init = ["-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-sync", "-N"]
         program = self._programs / "initdb"
-        subprocess.run(
-            [program, *init], check=True, capture_output=True, cwd=self._folder, timeout=50, **self._as_user
-        )
+        subprocess.run([program, *init], check=True, capture_output=True, cwd=self._folder, timeout=50, **self._as_user)
 
     @property
     def _data(self) -> Path:

@@ -775,8 +775,8 @@ class Campaign:
         await self._count_rows()
         self.report.takeovers = len(self._fleet.backend.generations) - len(self._known)
         for proxy in self._fleet.proxies:
-            if "Traceback" in proxy.said():
-                self.report.fault("tracebacks", proxy.said()[-4000:])
+            if (at := proxy.said().find("Traceback")) >= 0:
+                self.report.fault("tracebacks", proxy.said()[max(at - 500, 0) : at + 6000])
 
     def _check(self, known: Known, final: Json) -> None:
         if final["status"] != "completed" or text_of(final) != answer_to(known.transcript):

@@ -49,7 +49,7 @@ Json = dict[str, Any]
 SEALING_KEY = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 # What a key or a conversation of a dead process keeps others waiting is 30 s; in a short campaign it is this.
 SHORT_LEASES = """import leases, proxy
-leases.LEASE_S, leases.RENEW_EVERY_S = 4.0, 1.0
+leases.LEASE_S, leases.RENEW_EVERY_S = 3.0, 0.75
 proxy.main()"""
 # No single request may take longer, whatever happens.
 BOUND_S = 30.0
@@ -92,12 +92,11 @@ class Replicas(Fleet):
         serving = self.serving()
         return random.choice(serving) if serving else None
 
-    async def replace(self, old: Proxy, knobs: Knobs) -> None:
-        """A new one serves before the old one is told to stop."""
-        await self.start(knobs)
-        old.signal(signal.SIGTERM)
-        self.leaving.add(old)
-        assert await old.ended() == 0
+    async def leave(self, proxy: Proxy) -> None:
+        """It is told to stop, and ends well."""
+        proxy.signal(signal.SIGTERM)
+        self.leaving.add(proxy)
+        assert await proxy.ended() == 0
 
 
 @contextlib.asynccontextmanager
@@ -170,7 +169,20 @@ class ReplicaReport(Report):
     slowest_turn_s: float = 0.0
 
 
-Disturbance = Callable[[int], Awaitable[None]]
+Step = Callable[[int], Awaitable[None]]
+
+
+async def _nothing(number: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What befalls the replicas, in three steps: turns begin before the second one and before the third."""
+
+    strike: Step
+    mend: Step = _nothing
+    prepare: Step = _nothing
 
 
 class ReplicaCampaign(Campaign):
@@ -210,12 +222,15 @@ class ReplicaCampaign(Campaign):
 
     async def _kill_again_and_again(self) -> None:
         """New turns are allowed for each time, so that each meets some at every stage."""
-        share, rest = divmod(self._plan.runs, self._plan.kills + 1)
+        share, rest = divmod(self._plan.runs, 2 * self._plan.kills + 1)
         for number in range(self._plan.kills):
+            await self._disturb.prepare(number)
             self._allow(share)
-            await self._until_known(number * share + 1)
-            await asyncio.sleep(self._random.uniform(0, 0.9))
-            await self._disturb(number)
+            await self._until_known(number * 2 * share + 1)
+            await asyncio.sleep(self._random.uniform(0, 0.5))
+            await self._disturb.strike(number)
+            self._allow(share)
+            await self._disturb.mend(number)
             self.report.kills += 1
         self._allow(share + rest)
 
@@ -448,6 +463,6 @@ FAILED_AS = {"store of responses": "store_unavailable", "is still running": "sti
 def pace_by(seed: int) -> Callable[[str], Pace]:
     def pace_of(prompt: str) -> Pace:
         drawn = Random(f"{seed} {prompt}")
-        return Pace(drawn.uniform(0, 0.1), drawn.uniform(0.005, 0.03))
+        return Pace(drawn.uniform(0, 0.2), drawn.uniform(0.01, 0.06))
 
     return pace_of

@@ -19,7 +19,7 @@ from campaign_harness import BROKEN, Knobs, Reading, answer_to, asked, events_of
 from fleet_fixtures import pace_of
 from held_runs import begun_stream, let_go_on, read_on
 from postgres_server import Server, emptied
-from replica_campaign import ReplicaCampaign, ReplicaPlan, ReplicaReport, Replicas, pace_by, replicas
+from replica_campaign import Disturbance, ReplicaCampaign, ReplicaPlan, ReplicaReport, Replicas, pace_by, replicas
 
 from store import StoreSettings
 from store_postgres import open_store
@@ -29,7 +29,7 @@ TURNS = os.environ.get("REPLICA_TURNS")
 FAULTS = os.environ.get("REPLICA_FAULTS")
 HAS_SHORT_LEASES = "REPLICA_LONG_LEASES" not in os.environ
 # A campaign takes about that long for each turn and for each fault, and a lease more.
-TIMEOUT_S = 50.0 if TURNS is None else 120.0 + int(TURNS) * 0.5 + int(FAULTS or 10) * 15.0
+TIMEOUT_S = 100.0 if TURNS is None else 120.0 + int(TURNS) * 0.5 + int(FAULTS or 10) * 15.0
 
 # How many runs are cancelled through each replica, and the bound that is promised for the end of the backend's request.
 CANCELS = 10
@@ -74,12 +74,15 @@ async def test_nothing_is_lost_stuck_or_wrong_when_one_replica_after_another_is_
     plan = plan_of(240, 10, Knobs(workers=8))
     async with replicas(tmp_path, emptied(), pace_by(SEED), has_short_leases=HAS_SHORT_LEASES) as fleet:
 
-        async def kill_one(number: int) -> None:
-            victim = fleet.proxies[number % 3]
-            await victim.kill()
-            await victim.start()
+        async def kill(number: int) -> None:
+            await fleet.proxies[number % 3].kill()
 
-        nothing_is_wrong(await ReplicaCampaign(fleet, plan, kill_one).run())
+        async def start_again(number: int) -> None:
+            await fleet.proxies[number % 3].start()
+
+        report = await ReplicaCampaign(fleet, plan, Disturbance(kill, start_again)).run()
+    nothing_is_wrong(report)
+    assert (report.takeovers > 0, report.begun_again > 0) == (True, True)
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -87,12 +90,16 @@ async def test_nothing_is_lost_stuck_or_wrong_when_the_database_is_restarted(tmp
     plan = plan_of(120, 3, Knobs(workers=8, lease_s=3.0))
     async with replicas(tmp_path, server.url, pace_by(SEED), has_short_leases=HAS_SHORT_LEASES) as fleet:
 
-        async def restart(number: int) -> None:
+        async def stop(number: int) -> None:
             await asyncio.to_thread(server.stop, ENDS[number % 3])
+
+        async def start_again(number: int) -> None:
             await asyncio.sleep(0.5)
             await asyncio.to_thread(server.start)
 
-        nothing_is_wrong(await ReplicaCampaign(fleet, plan, restart).run())
+        report = await ReplicaCampaign(fleet, plan, Disturbance(stop, start_again)).run()
+    nothing_is_wrong(report)
+    assert report.again["store_unavailable"] > 0
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -103,10 +110,15 @@ async def test_a_rolling_update_loses_no_run_and_cuts_nothing_but_streams_that_g
     plan = plan_of(120, 3, knobs, cuts_allowed=frozenset({"followed"}), again_allowed=again)
     async with replicas(tmp_path, emptied(), pace_by(SEED), has_short_leases=HAS_SHORT_LEASES) as fleet:
 
-        async def replace(number: int) -> None:
-            await fleet.replace(fleet.proxies[number], knobs)
+        async def begin_new(number: int) -> None:
+            await fleet.start(knobs)
 
-        nothing_is_wrong(await ReplicaCampaign(fleet, plan, replace).run())
+        async def end_old(number: int) -> None:
+            await fleet.leave(fleet.proxies[number])
+
+        report = await ReplicaCampaign(fleet, plan, Disturbance(end_old, prepare=begin_new)).run()
+    nothing_is_wrong(report)
+    assert report.takeovers > 0
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
