@@ -18,7 +18,7 @@ import orjson
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 # The server's log of WebSockets.
 SOCKET_LOG = "uvicorn.sockets"
-# That of connections to a database, which tells each that cannot be made with a traceback; the store tells it in a line.
+# The log of connections to a database: one that cannot be made is a traceback there, and a line of the store's anyway.
 POOL_LOG = "asyncpg.pool"
 
 Form = Literal["console", "json"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import signal
 import time
@@ -23,7 +22,6 @@ from typing import Any
 import aiohttp
 from campaign_harness import (
     BROKEN,
-    STAGES,
     TERMINAL,
     Backend,
     Campaign,
@@ -39,13 +37,13 @@ from campaign_harness import (
     answered,
     asked,
     events_of,
-    text_of,
     until,
 )
 from postgres_server import Beside
 
 Json = dict[str, Any]
 
+DEFAULT = Knobs()
 SEALING_KEY = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 # What a key or a conversation of a dead process keeps others waiting is 30 s; in a short campaign it is this.
 SHORT_LEASES = """import leases, proxy
@@ -53,6 +51,7 @@ leases.LEASE_S, leases.RENEW_EVERY_S = 3.0, 0.75
 proxy.main()"""
 # No single request may take longer, whatever happens.
 BOUND_S = 30.0
+TURNS_A_CHAT = 5
 FORMS = ("plain", "streamed", "background", "followed")
 BACKGROUND = frozenset({"background", "followed"})
 # What a client is told that has to send its request again: it is told so in one clear error.
@@ -78,11 +77,11 @@ class Replicas(Fleet):
         self.leaving: set[Proxy] = set()
         self._program = ("-c", SHORT_LEASES) if has_short_leases else ("proxy.py",)
 
-    async def start(self, knobs: Knobs = Knobs()) -> Proxy:
+    async def start(self, knobs: Knobs = DEFAULT) -> Proxy:
         arguments = ("--config", self.config(knobs), "--port", "0", "--store", self.store)
         return await self.started(Proxy(*self._program, *arguments, RESPONSES_PROXY_SEALING__KEYS=SEALING_KEY))
 
-    async def start_three(self, knobs: Knobs = Knobs()) -> list[Proxy]:
+    async def start_three(self, knobs: Knobs = DEFAULT) -> list[Proxy]:
         return list(await asyncio.gather(*(self.start(knobs) for _ in range(3))))
 
     def serving(self) -> list[Proxy]:
@@ -148,8 +147,6 @@ class ReplicaPlan(Plan):
 
     runs: int = 240
     processes: int = 3
-    turns_a_chat: int = 5
-    clients: int = 24
     # What may be cut: nothing but streams of background runs when replicas are replaced.
     cuts_allowed: frozenset[str] = frozenset({*FORMS, "cancel", "conversation"})
     again_allowed: frozenset[str] = frozenset(AGAIN)
@@ -199,8 +196,8 @@ class ReplicaCampaign(Campaign):
         self._disturb = disturb
 
     def _drawn(self) -> list[Known]:
-        chats, rest = divmod(self._plan.runs, 5)
-        lengths = [5] * chats + ([rest] if rest else [])
+        chats, rest = divmod(self._plan.runs, TURNS_A_CHAT)
+        lengths = [TURNS_A_CHAT] * chats + ([rest] if rest else [])
         self._chats = [self._drawn_chat(number, length) for number, length in enumerate(lengths)][::-1]
         return []
 
@@ -266,11 +263,13 @@ class ReplicaCampaign(Campaign):
 
     async def _opened(self, turn: Turn) -> str:
         while True:
-            async with self._trying(turn, "conversation") as proxy:
-                async with self._fleet.http.post(f"{proxy.url}/v1/conversations", json={}) as answer:
-                    if answer.status == 200:
-                        return str((await answer.json())["id"])
-                    self._refused(turn, answer.status, await answer.text())
+            async with (
+                self._trying(turn, "conversation") as proxy,
+                self._fleet.http.post(f"{proxy.url}/v1/conversations", json={}) as answer,
+            ):
+                if answer.status == 200:
+                    return str((await answer.json())["id"])
+                self._refused(turn, answer.status, await answer.text())
             await self._pause()
 
     async def _create_in(self, chat: Chat, turn: Turn) -> None:
@@ -367,7 +366,7 @@ class ReplicaCampaign(Campaign):
 
     @contextlib.asynccontextmanager
     async def _trying(self, turn: Turn, what: str, not_at: Proxy | None = None) -> AsyncIterator[Proxy]:
-        """Another replica than the one given, if there is one; a connection that breaks is the client's to try again."""
+        """Another replica than the one given, if there is one; what breaks is the client's to try again."""
         serving = await until(self._replicas.serving, "replica that serves", self._plan.deadline_s)
         others = [proxy for proxy in serving if proxy is not not_at]
         proxy = self._random.choice(others or serving)

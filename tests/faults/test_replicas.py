@@ -15,14 +15,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from campaign_harness import BROKEN, Knobs, Reading, answer_to, asked, events_of, text_of, until
+from campaign_harness import BROKEN, Knobs, Reading, answer_to, asked, text_of, until
 from fleet_fixtures import pace_of
 from held_runs import begun_stream, let_go_on, read_on
 from postgres_server import Server, emptied
 from replica_campaign import Disturbance, ReplicaCampaign, ReplicaPlan, ReplicaReport, Replicas, pace_by, replicas
-
-from store import StoreSettings
-from store_postgres import open_store
 
 SEED = int(os.environ.get("REPLICA_SEED", "20261121"))
 TURNS = os.environ.get("REPLICA_TURNS")
