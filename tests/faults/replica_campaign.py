@@ -49,6 +49,8 @@ SEALING_KEY = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 SHORT_LEASES = """import leases, proxy
 leases.LEASE_S, leases.RENEW_EVERY_S = 3.0, 0.75
 proxy.main()"""
+# How long a process that stops is still sent requests.
+NOTICED_AFTER_S = 0.3
 # No single request may take longer, whatever happens.
 BOUND_S = 30.0
 TURNS_A_CHAT = 5
@@ -92,8 +94,9 @@ class Replicas(Fleet):
         return random.choice(serving) if serving else None
 
     async def leave(self, proxy: Proxy) -> None:
-        """It is told to stop, and ends well."""
+        """It is told to stop, and ends well; those who send the requests learn of it a little later."""
         proxy.signal(signal.SIGTERM)
+        await asyncio.sleep(NOTICED_AFTER_S)
         self.leaving.add(proxy)
         assert await proxy.ended() == 0
 
