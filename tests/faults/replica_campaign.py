@@ -150,6 +150,7 @@ class ReplicaPlan(Plan):
 
     runs: int = 240
     processes: int = 3
+    noticed_within_s: float = 0.1
     # What may be cut: nothing but streams of background runs when replicas are replaced.
     cuts_allowed: frozenset[str] = frozenset({*FORMS, "cancel", "conversation"})
     again_allowed: frozenset[str] = frozenset(AGAIN)
