@@ -282,6 +282,8 @@ class Background:
         except Exception:
             log.exception("%s failed on a fault of this proxy", run.response_id)
             await self._fail(run, run_log, ProxyError("The proxy failed while it carried out the response."))
+        if not run_log.is_settled:  # it was cancelled meanwhile, and who looks for such runs finds none here any more
+            await persistently(lambda: self.store.let_go(run.held))
 
     async def _attempt(self, run: Run, run_log: RunLog, limit: asyncio.Timeout, trace: Trace) -> None:
         """Raises: ProxyError for a turn that cannot be begun."""

@@ -18,6 +18,8 @@ import orjson
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 # The server's log of WebSockets.
 SOCKET_LOG = "uvicorn.sockets"
+# The log of connections to a database: one that cannot be made is a traceback there, and a line of the store's anyway.
+POOL_LOG = "asyncpg.pool"
 
 Form = Literal["console", "json"]
 LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
@@ -73,3 +75,4 @@ def start_logging(level: str, form: Form = "console") -> None:
         logger.handlers.clear()
         logger.propagate = True
     logging.getLogger(SOCKET_LOG).setLevel("WARNING")  # below that are query strings, where clients may have put keys
+    logging.getLogger(POOL_LOG).setLevel("ERROR")
