@@ -15,9 +15,9 @@ import postgres_forgetting as forgetting
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
-from errors import StoreError
+from errors import StoreError, UnfinishedCopy
 from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
-from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
+from postgres_tables import COPYING, HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail
 from store import StoreSettings, shown
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
@@ -97,6 +97,8 @@ async def _version(what: str, db: Transaction) -> int:
     """Raises: StoreError."""
     row = await db.row(Statement("SELECT version FROM responses_proxy"), {})
     version = int(row["version"]) if row else 0
+    if version >= COPYING:
+        raise UnfinishedCopy(what)
     if version > len(MIGRATIONS):
         raise StoreError(
             f"{what} was written by a newer version of this program (schema {version}; this one knows up to "

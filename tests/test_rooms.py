@@ -58,6 +58,8 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "run_rows": (2, 350, {"msgspec", "orjson"}),
     "facts": (2, 100, set()),
     "store": (2, 300, {"msgspec"}),
+    "copying": (2, 300, {"msgspec"}),
+    "sqlite_copying": (2, 400, {"msgspec"}),
     "postgres_tables": (2, 150, set()),
     "postgres_pool": (2, 200, {"asyncpg"}),
     "postgres_reads": (2, 350, set()),
@@ -65,6 +67,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "postgres_forgetting": (2, 200, set()),
     "postgres_runs": (2, 400, set()),
     "store_postgres": (2, 300, {"asyncpg"}),
+    "postgres_copying": (2, 300, {"asyncpg"}),
     "once": (2, 100, set()),
     "records": (2, 250, {"msgspec", "orjson"}),
     "lists": (2, 150, {"orjson"}),
@@ -109,7 +112,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "services": (8, 300, set()),
     "edge": (8, 450, {"msgspec", "orjson", "starlette"}),
     "outermost": (8, 250, {"orjson", "starlette"}),
-    "commands": (8, 200, set()),
+    "commands": (8, 225, set()),
     "proxy": (9, 300, {"uvicorn"}),
 }
 ROOMS_WITH_BROAD_EXCEPT = {"edge", "outermost", "upkeep", "turns", "background", "items", "lanes", "sockets"}
