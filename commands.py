@@ -126,7 +126,7 @@ def _about_keys(settings: Settings, source: str, target: str) -> list[str]:
         return [f"the keys that seal are not in the store: {kept}"]
     if is_database(source):
         return [
-            f"the keys that seal are not in the store: keep sealing.keys, or put its keys into {target}.key, a line each"
+            f"the keys that seal are in no store: keep sealing.keys, or put its keys into {target}.key, a line each"
         ]
     if is_database(target):
         return [

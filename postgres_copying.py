@@ -102,8 +102,8 @@ def _page_query(table: str, is_first: bool) -> str:
     names = ", ".join(TABLES[table]) if table != "settings" else "key, owner, brief_id, model, body"
     size = " + ".join([f"coalesce(octet_length({name}), 0)" for name in TABLES[table] if name in BYTES] or ["0"])
     behind = "" if is_first else f"WHERE ({keys}) > ({', '.join(f'${n}' for n in range(1, len(read.key) + 1))})"
-    return f"""SELECT {names} FROM (SELECT some.*, sum({size}) OVER (ORDER BY {keys}) - ({size}) AS earlier_bytes
-        FROM (SELECT * FROM ({read.query}) AS rows {behind} ORDER BY {keys} LIMIT {PAGE_ROWS}) AS some) AS page
+    return f"""SELECT {names} FROM (SELECT next.*, sum({size}) OVER (ORDER BY {keys}) - ({size}) AS earlier_bytes
+        FROM (SELECT * FROM ({read.query}) AS every {behind} ORDER BY {keys} LIMIT {PAGE_ROWS}) AS next) AS page
         WHERE earlier_bytes < {PAGE_BYTES} ORDER BY {keys}"""
 
 

@@ -37,14 +37,14 @@ import copying
 import postgres_copying
 import sqlite_copying
 from errors import StoreError
+from postgres_tables import MIGRATIONS
 from postgres_tables import TABLES as DATABASE_TABLES
 from proxy import main
 from run_verbs import RunStore
 from services import opener_of
 from store import StoreSettings, is_database
-from verbs import FirstUse, ItemIds, Lock, NewTurn, Page, conversation_lease
+from verbs import FirstUse, ItemIds, Lock, Page, conversation_lease
 
-TURNS = ("a", "b", "c", "d", "fork", "fork2", "fold", "after", "gone", "heir", "t1", "t2", "t3", "q1", "q2", "s1", "x")
 ROUTES = ["file file", "file database file", "database file database", "database other"]
 
 
@@ -52,6 +52,8 @@ ROUTES = ["file file", "file database file", "database file database", "database
 def database() -> Iterator[str]:
     with closing(PostgresPlace()) as place:
         yield place.url
+    with closing(Beside(place.url)) as beside:  # what a test left unfinished
+        beside.do(f"DROP TABLE IF EXISTS copy_progress; UPDATE responses_proxy SET version = {len(MIGRATIONS)}")
 
 
 @pytest.fixture
@@ -162,6 +164,13 @@ async def answers(store: RunStore) -> dict[str, Any]:
     return told
 
 
+def joined_late(ids: list[str]) -> list[str]:
+    """As a file lists them: a response that joined its conversation late comes behind those that it stands behind."""
+    assert ids.index("t2") < ids.index("t3")
+    rest = [name for name in ids if name != "t2"]
+    return [*rest[: rest.index("t3") + 1], "t2", *rest[rest.index("t3") + 1 :]]
+
+
 async def goes_on(store: RunStore) -> list[Any]:
     """What happens with new turns, and which runs come next."""
     for held in await store.expired(NOW):
@@ -194,9 +203,10 @@ async def test_every_verb_answers_as_it_did(route: str, tmp_path: Path, database
     for place in places:
         async with opened(place) as store:
             found = await answers(store)
-            if first == "database" and not is_database(place) or (first == "database" and place is places[-1]):
-                found["order"], expected["order"] = {}, {}
-            assert found == expected
+            if first == "database" and place is not database and route != "database other":
+                assert found["order"] == {**expected["order"], OWNER: joined_late(expected["order"][OWNER])}
+                del found["order"]
+            assert found == {name: told for name, told in expected.items() if name in found}
             nexts.append(await goes_on(store))
     assert nexts[1:] == nexts[:-1]
 
@@ -285,7 +295,7 @@ async def test_a_copy_that_is_killed_goes_on(
     async with opened(target) as store:
         found = await answers(store)
     if not to_database:
-        found["order"] = expected["order"] = {}
+        expected["order"][OWNER] = joined_late(expected["order"][OWNER])
     assert found == expected
 
 
