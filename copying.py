@@ -2,7 +2,8 @@
 
 May not know SQL. A row is a tuple with the columns of `TABLES`; both stores read and write such rows. Turns, threads
 and runs are named by their numbers, settings by `writes.settings_key`, times are Unix seconds, bodies JSON in bytes.
-Pages come in the order of a key, and a page is written together with how far it leads: who begins again goes on behind it.
+Pages come in the order of a key, and a page is written together with how far it leads: who begins
+again goes on behind it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ async def test_every_verb_answers_as_it_did(route: str, tmp_path: Path, database
     async with opened(places[0]) as store:
         await fill(store)
         expected = await answers(store)
-    for source, target in zip(places, places[1:], strict=False):
+    for source, target in pairwise(places):
         compared, wrong = await copied(source, target)
         assert wrong == []
         assert [each.table for each in compared] == list(copying.TABLES)
