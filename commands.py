@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import importlib
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
+import copying
+import sqlite_copying
 from auth import new_key
 from errors import ProxyError
 from jobs import CLEAR, jobs_table
 from keys import fresh_key, rotate_keys
 from routing import Upstreams
-from services import key_file_of, opened_store, without_login
+from services import IN_MEMORY, key_file_of, opened_store, opener_of, without_login
 from settings import Settings, SettingsError
 from store import is_database, shown
 from upkeep import purge
@@ -61,6 +67,73 @@ async def show_jobs(settings: Settings, is_watched: bool) -> int:
             await asyncio.sleep(JOBS_EVERY_S)
             print(CLEAR + jobs_table(await store.runs(), time.time()), flush=True)
     return 0
+
+
+async def copy(settings: Settings, source: str | None, target: str | None) -> int:
+    """The command `copy`; the place that is not given is that of the settings. 1 when the two differ in the end.
+
+    Raises: SettingsError, StoreError.
+    """
+    if not source and not target:
+        raise SettingsError("copy --from STORE --to STORE: files, or postgresql://… (one left out: store.path)")
+    places = [source or settings.store.path, target or settings.store.path]
+    _refuse_places(*places)
+    async with contextlib.AsyncExitStack() as stack:
+        one, other = [
+            await stack.enter_async_context(_opened_side(settings, path, is_source=path is places[0]))
+            for path in places
+        ]
+        compared, wrong = await copying.copy(one, other, time.time(), _tell_at_once)
+    print("\n".join([copying.table_of(compared), *wrong]))
+    if wrong:
+        print(f"{shown(places[1])} is not usable: empty it, and copy again")
+        return 1
+    print("\n".join([f"{shown(places[0])} is copied to {shown(places[1])}, whole", *_about_keys(settings, *places)]))
+    return 0
+
+
+def _refuse_places(source: str, target: str) -> None:
+    """Raises: SettingsError."""
+    if IN_MEMORY in (source, target):
+        raise SettingsError("copy: ':memory:' keeps nothing")
+    if not is_database(source) and not Path(source).is_file():
+        raise SettingsError(f"--from: there is no file '{source}'")
+    both = [path if is_database(path) else str(Path(path).resolve()) for path in (source, target)]
+    if both[0] == both[1]:
+        raise SettingsError("copy: --from and --to are the same store")
+
+
+def _opened_side(settings: Settings, path: str, is_source: bool) -> AbstractAsyncContextManager[copying.Side]:
+    """Raises: SettingsError, StoreError."""
+    own = dataclasses.replace(settings.store, path=path)
+    if not is_database(path):
+        return sqlite_copying.opened(own, is_source)
+    opener_of(path)  # says what to install
+    found: AbstractAsyncContextManager[copying.Side] = importlib.import_module("postgres_copying").opened(
+        own, is_source
+    )
+    return found
+
+
+def _tell_at_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _about_keys(settings: Settings, source: str, target: str) -> list[str]:
+    """What has to become of the keys that seal; they are in no store."""
+    if settings.sealing.keys:
+        kept = "keep sealing.keys as it is" + ("" if is_database(target) else f", or put its keys into {target}.key")
+        return [f"the keys that seal are not in the store: {kept}"]
+    if is_database(source):
+        return [
+            f"the keys that seal are in no store: keep sealing.keys, or put its keys into {target}.key, a line each"
+        ]
+    if is_database(target):
+        return [
+            f"the keys that seal are not in the store: before the proxy starts, set sealing.keys to the lines of "
+            f"{source}.key, in their order (or RESPONSES_PROXY_SEALING__KEYS, with commas between them)"
+        ]
+    return [f"the keys that seal are not in the store: cp -p {source}.key {target}.key"]
 
 
 def print_key(settings: Settings, word: str | None) -> int:

@@ -13,10 +13,10 @@ from functools import partial
 
 import asyncpg  # type: ignore[import-untyped]
 
-from errors import StoreError
+from errors import StoreError, UnfinishedCopy
 from postgres_errors import FAILURES, store_error
 from postgres_pool import Database, Known, Limits, Statement, Transaction
-from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
+from postgres_tables import COPYING, HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
 from store import StoreSettings, shown
 
 log = logging.getLogger("responses_proxy.store")
@@ -146,6 +146,8 @@ async def _version(what: str, db: Transaction) -> int:
     """Raises: StoreError."""
     row = await db.row(Statement("SELECT version FROM responses_proxy"), {})
     version = int(row["version"]) if row else 0
+    if version >= COPYING:
+        raise UnfinishedCopy(what)
     if version > len(MIGRATIONS):
         raise StoreError(
             f"{what} was written by a newer version of this program (schema {version}; this one knows up to "

@@ -123,5 +123,7 @@ SCHEMA_1 = (
 MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA_1,)
 
 # Of any schema: whose it is, and its version.
+# Added to the version of tables into which another store is being copied: no version of the program takes them.
+COPYING = 1_000_000
 VERSION_TABLE = "CREATE TABLE responses_proxy (version integer NOT NULL)"
 HAS_VERSION = "SELECT to_regclass('responses_proxy') IS NOT NULL"

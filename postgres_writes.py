@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from hashlib import blake2b
 from typing import Any
 
 from postgres_pool import Asked, Statement, Transaction
@@ -28,7 +27,7 @@ from verbs import (
     repeated,
     response_of,
 )
-from writes import kind_of, last_compaction, newest_compaction
+from writes import kind_of, last_compaction, newest_compaction, settings_digest, settings_key
 
 # -- turns -------------------------------------------------------------------------------------------------------------
 
@@ -141,9 +140,7 @@ def values_of(turn: NewTurn) -> dict[str, Any]:
 
 def digest_of(turn: NewTurn, is_brief: bool) -> bytes:
     """Shared by all turns of an owner that have the same settings; those of a brief turn are its own."""
-    salt = blake2b(turn.id.encode(), digest_size=16).digest() if is_brief else b""
-    shared = b"\0".join((turn.owner.encode(), turn.model.encode(), turn.settings))
-    return blake2b(shared, digest_size=16, key=salt).digest()
+    return settings_key(turn.owner, settings_digest(turn.model, turn.settings, turn.id if is_brief else ""))
 
 
 def items_of(numbered: list[tuple[int, NewItem]], response_id: str) -> dict[str, list[Any]]:

@@ -25,7 +25,7 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from answers import Receive, Scope, Send
-from commands import COMMANDS_ALONE, check, check_store, purge_once, show_jobs
+from commands import COMMANDS_ALONE, check, check_store, copy, purge_once, show_jobs
 from edge import Edge
 from errors import StoreError
 from listening import HeadLimit, tell_where, unix_listener
@@ -87,7 +87,7 @@ app = Application(settings_for_server)
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("serve", "check", "purge", "key", "keys", "jobs", "fetch-vocab")
+COMMANDS = ("serve", "check", "purge", "key", "keys", "jobs", "copy", "fetch-vocab")
 # Command -> what may follow it.
 WORDS: dict[str, tuple[str | None, ...]] = {"keys": ("rotate",), "fetch-vocab": (None, *VOCABULARIES)}
 
@@ -110,6 +110,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         const="",
         help="file that keeps responses (responses.db), or :memory:; `check --store` looks for damage in it",
     )
+    parser.add_argument(
+        "--from", metavar="STORE", dest="source", help="copy: the store that is copied, a file or a database"
+    )
+    parser.add_argument("--to", metavar="STORE", dest="target", help="copy: the store that it becomes, empty as yet")
     parser.add_argument("--watch", action="store_true", help="`jobs --watch` shows them again every second")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     args = parser.parse_intermixed_args(argv)
@@ -228,6 +232,8 @@ def run_command(args: argparse.Namespace, settings: Settings) -> int:
     """The exit code of a command. Raises: SettingsError, StoreError."""
     if args.command in COMMANDS_ALONE:
         return COMMANDS_ALONE[args.command](settings, args.word)
+    if args.command == "copy":
+        return asyncio.run(copy(settings, args.source, args.target))
     if args.command in ("purge", "jobs") or (args.command == "check" and args.store is not None):
         if not is_database(settings.store.path) and not Path(settings.store.path).is_file():
             raise SettingsError(f"store.path: there is no file '{settings.store.path}'")

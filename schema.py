@@ -9,10 +9,12 @@ import sqlite3
 import time
 from collections.abc import Callable
 
-from errors import StoreError
+from errors import StoreError, UnfinishedCopy
 from run_tables import add_runs
 
 APPLICATION_ID = 0x52705278
+# Of a file into which another store is being copied: no version of the program takes it for a store.
+COPYING_ID = 0x52705263
 # Rows of items have half a page of waste at each end of a page at worst: the larger the page, the less of it.
 PAGE_BYTES = 16384
 # An item's seq is turn.seq * PLACES + its place; input has the lower half of the places, output the upper.
@@ -122,7 +124,10 @@ def _version(db: sqlite3.Connection, path: str) -> int | None:
     """The schema's version; None for a file without tables. Raises: StoreError."""
     if not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
         return None
-    if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+    (program,) = db.execute("PRAGMA application_id").fetchone()
+    if program == COPYING_ID:
+        raise UnfinishedCopy(f"'{path}'")
+    if program != APPLICATION_ID:
         raise StoreError(f"'{path}' is a database of another program.")
     version: int = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):

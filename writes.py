@@ -110,13 +110,22 @@ def _new_thread(db: sqlite3.Connection, parent: int | None, depth: int | None, i
 
 def settings_seq(turn: NewTurn, db: sqlite3.Connection) -> int:
     """Shared by all turns that have the same; those of a brief turn are its own, and go with it."""
-    salt = turn.id.encode() if turn.is_brief else b""
-    key = (turn.owner, blake2b(b"%b\0%b" % (turn.model.encode(), turn.settings), digest_size=16, key=salt).digest())
+    key = (turn.owner, settings_digest(turn.model, turn.settings, turn.id if turn.is_brief else ""))
     found = db.execute("SELECT seq FROM settings WHERE owner = ? AND digest = ?", key).fetchone()
     if found:
         return int(found[0])
     insert = "INSERT INTO settings (owner, digest, model, body) VALUES (?,?,?,?)"
     return db.execute(insert, (*key, turn.model, turn.settings)).lastrowid or 0
+
+
+def settings_digest(model: str, settings: bytes, brief_id: str) -> bytes:
+    """`brief_id`: of the brief response that they belong to, if it is one."""
+    return blake2b(b"%b\0%b" % (model.encode(), settings), digest_size=16, key=brief_id.encode()).digest()
+
+
+def settings_key(owner: str, digest: bytes) -> bytes:
+    """One value for the two that settings are known by: databases know them by it, and copies do."""
+    return blake2b(owner.encode() + b"\0" + digest, digest_size=16).digest()
 
 
 def newest_compaction(turn: NewTurn) -> int | None:
