@@ -26,7 +26,8 @@ import orjson
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.run import BENCH, Server, free_port, listening, printed, serving
-from tests.postgres_program import Program, programs, started
+from tests.postgres_program import Server as Program
+from tests.postgres_program import programs, started
 
 # What is said to be kept has to survive the loss of power.
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
@@ -68,6 +69,7 @@ class Database:
         """Of all its processes, those that have ended included."""
         if self.program is None:
             return 0.0
+        assert self.program.process
         pid = self.program.process.pid
         ended = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[13:15]))
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -129,7 +131,7 @@ def running(url: str | None) -> Iterator[Database]:
     try:
         yield Database(program.url, program)
     finally:
-        program.stop()
+        program.close()
 
 
 @dataclass(frozen=True)

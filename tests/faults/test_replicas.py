@@ -18,7 +18,8 @@ import pytest
 from campaign_harness import BROKEN, Knobs, Reading, answer_to, asked, text_of, until
 from fleet_fixtures import pace_of
 from held_runs import begun_stream, let_go_on, read_on
-from postgres_server import Server, emptied
+from postgres_program import Server
+from postgres_server import emptied, server_with
 from replica_campaign import Disturbance, ReplicaCampaign, ReplicaPlan, ReplicaReport, Replicas, pace_by, replicas
 
 SEED = int(os.environ.get("REPLICA_SEED", "20261121"))
@@ -45,7 +46,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Replicas]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server(DURABLE)
+    server = server_with(DURABLE)
     try:
         server.start()
         yield server

@@ -14,8 +14,8 @@ import postgres_forgetting as forgetting
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
+from postgres_opening import PLANS
 from postgres_pool import Statement
-from store_postgres import PLANS
 
 # What turns wait for. The tables that grow with turns; those of owners, leases and settings are small.
 HOT = {
