@@ -31,6 +31,7 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.DiskFullError, "has no space left on its disk"),
     (asyncpg.ReadOnlySQLTransactionError, "may not be written"),
     (asyncpg.QueryCanceledError, "takes too long"),
+    (asyncpg.LockNotAvailableError, "is locked by another process"),
     (asyncpg.CannotConnectNowError, "is starting or stopping"),
     (asyncpg.AdminShutdownError, "is stopping"),
     (asyncpg.PostgresConnectionError, "has lost its connection"),
