@@ -6,10 +6,13 @@ killed and started again. Prints what must not happen and how often it did; exit
 
 import argparse
 import asyncio
+import sqlite3
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from random import SystemRandom
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +27,18 @@ DEADLINE_S_A_RUN = 1.0
 DEADLINE_S_A_KILL = 10.0
 # What a key or a conversation of a process that died keeps others waiting.
 LEASE_S = 60.0
+
+
+class File:
+    """The store of the campaign."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = str(folder / "responses.db")
+        self.environ = {"RESPONSES_PROXY_STORE__PATH": self._path}
+
+    def asked(self, query: str, *values: Any) -> list[Any]:
+        with closing(sqlite3.connect(self._path, isolation_level=None)) as db:
+            return db.execute(query, values).fetchall()
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +71,7 @@ def main() -> int:
     args = parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="campaign_") as folder:
-        report = asyncio.run(campaign(plan_of(args), Path(folder)))
+        report = asyncio.run(campaign(plan_of(args), File(Path(folder)), Path(folder)))
     print(table_of(report))
     for detail in report.details[:DETAILS]:
         print(detail[:DETAIL_CHARACTERS])

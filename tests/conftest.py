@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import postgres_server
 import pytest
 import uvicorn
 from openai import AsyncOpenAI
 from scripted import DEADLINE_S, Backend
+from store_places import FilePlace, MemoryPlace, Place, PostgresPlace
 
 from proxy import server_config
 from settings import Settings
@@ -102,10 +104,55 @@ async def running_app(settings: Settings) -> AsyncIterator[App]:
 
 @pytest.fixture(scope="session", autouse=True)
 def postgres_ends() -> Iterator[None]:
-    """The server that the tests of stores have started, if any has."""
+    """The server that the tests have started, if any has."""
     yield
-    if server := sys.modules.get("postgres_server"):
-        server.end()
+    postgres_server.end()
+
+
+# -- where state is kept -----------------------------------------------------------------------------------------------
+
+PLACES: dict[str, Callable[[Path], MemoryPlace | Place]] = {
+    "memory": lambda folder: MemoryPlace(),
+    "file": lambda folder: FilePlace(folder / "responses.db"),
+    "postgres": lambda folder: PostgresPlace(),
+}
+
+
+# For a test, or a module of tests, for which it matters what keeps the state.
+both_stores = pytest.mark.stores("memory", "postgres")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test runs over each kind of store that its nearest mark `stores` names: over both kinds, where it has a `place`
+    and no mark. What several processes share is a file where the mark says memory.
+    """
+    mark = metafunc.definition.get_closest_marker("stores")
+    kinds = mark.args if mark else ("file", "postgres")
+    if "place" in metafunc.fixturenames:
+        shared = dict.fromkeys("file" if kind == "memory" else kind for kind in kinds)
+        metafunc.parametrize("place", list(shared), indirect=True)
+    elif mark and "kept_in" in metafunc.fixturenames:
+        metafunc.parametrize("kept_in", kinds, indirect=True)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Where a store is that several processes may share: a new file, or an empty database."""
+    place = PLACES[request.param](tmp_path)
+    assert not isinstance(place, MemoryPlace)
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def kept_in(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MemoryPlace | Place]:
+    """Where the proxies of a test keep their state: in memory, at its `place`, or where the mark `stores` says."""
+    if "place" in request.fixturenames:
+        yield request.getfixturevalue("place")
+        return
+    place = PLACES[getattr(request, "param", "memory")](tmp_path)
+    yield place
+    place.close()
 
 
 @pytest.fixture
@@ -114,13 +161,19 @@ async def backend() -> AsyncIterator[Backend]:
         yield backend
 
 
+def at(place: MemoryPlace | Place, sections: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a proxy that keeps its state at a place; what they say themselves comes first."""
+    named = {name: {**values, **sections.get(name, {})} for name, values in place.settings.items()}
+    return {**sections, **named}
+
+
 @pytest.fixture
-async def start_app(backend: Backend) -> AsyncIterator[StartApp]:
+async def start_app(backend: Backend, kept_in: MemoryPlace | Place) -> AsyncIterator[StartApp]:
     """Starts the proxy in front of the scripted backend: `await start_app(turns={"strict": True})`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**sections: dict[str, Any]) -> App:
-            return await stack.enter_async_context(running_app(settings_of(backend.url, **sections)))
+            return await stack.enter_async_context(running_app(settings_of(backend.url, **at(kept_in, sections))))
 
         yield start
     await no_task_is_left()

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partialmethod
 from typing import Any
 
 import pytest
 from scripted import DEADLINE_S
 
 from store import SQLiteStore
+from store_postgres import PostgresStore
+
+Work = Callable[..., Awaitable[Any]]
+STORES: tuple[type[Any], ...] = (SQLiteStore, PostgresStore)
 
 
 class Verb:
     """One verb of every store: it raises `failure` where there is one, and begins when `may_begin` is set."""
 
-    def __init__(self, work: Callable[..., Awaitable[Any]]) -> None:
-        self._work = work
+    def __init__(self) -> None:
         self._changed = asyncio.Event()
         self.failure: Exception | None = None
         self.may_begin = asyncio.Event()
         self.may_begin.set()
         self.asked = self.failed = self.done = 0
 
-    async def __call__(self, *arguments: Any) -> Any:
+    async def do(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         self._count("asked")
         await self.may_begin.wait()
         if self.failure is not None:
             self._count("failed")
             raise self.failure.with_traceback(None)  # one exception, raised again and again
-        result = await self._work(*arguments)
+        result = await work(*arguments)
         self._count("done")
         return result
 
@@ -48,10 +52,20 @@ class Verb:
 
 def controlled(name: str, monkeypatch: pytest.MonkeyPatch) -> Verb:
     """The verb of that name, until the test has ended."""
-    verb = Verb(getattr(SQLiteStore, name))
+    verb = Verb()
 
-    async def work(*arguments: Any) -> Any:  # a function, so that it becomes a method
-        return await verb(*arguments)
+    async def controlled_one(work: Work, *arguments: Any) -> Any:
+        return await verb.do(work, *arguments)
 
-    monkeypatch.setattr(SQLiteStore, name, work)
+    replaced(name, controlled_one, monkeypatch)
     return verb
+
+
+def replaced(name: str, by: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every store carry out `by` for that verb, which is given what the store itself would do."""
+    for store in STORES:
+        monkeypatch.setattr(store, name, partialmethod(_instead, by, getattr(store, name)))
+
+
+async def _instead(store: Any, by: Callable[..., Awaitable[Any]], work: Work, *arguments: Any) -> Any:
+    return await by(work, store, *arguments)

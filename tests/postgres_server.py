@@ -56,9 +56,13 @@ def postgres_url() -> str:
 
 
 def emptied() -> str:
-    """The address of a store with nothing in it. Skips the test where there is no server."""
+    """The address of a store with nothing in it. Skips the test where there is no server.
+
+    What a process that was killed had begun to write, the server may still carry out: that is waited for.
+    """
     url = postgres_url()
-    _cleaner(url).do("; ".join(f"DELETE FROM {table}" for table in reversed(TABLES)))
+    lock = f"LOCK TABLE {', '.join(TABLES)}"
+    _cleaner(url).do("; ".join([lock, *(f"DELETE FROM {table}" for table in reversed(TABLES))]))
     return url
 
 
@@ -88,8 +92,8 @@ class Beside:
     def do(self, statements: str) -> None:
         self._run(self._connection.execute(statements))
 
-    def asked(self, query: str) -> list[Any]:
-        return [tuple(row) for row in self._run(self._connection.fetch(query))]
+    def asked(self, query: str, *values: Any) -> list[Any]:
+        return [tuple(row) for row in self._run(self._connection.fetch(query, *values))]
 
     def close(self) -> None:
         self._run(self._connection.close())

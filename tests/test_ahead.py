@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,11 +32,13 @@ from compacting import (
     until,
     user,
 )
-from conftest import App, StartApp, no_task_is_left, running_app, settings_of
+from conftest import App, StartApp, at, both_stores, no_task_is_left, running_app, settings_of
 from controlled import Verb, controlled
-from test_background import StartOnFile, file, on_file
+from store_places import Place
+from test_background import StartOnStore, on_store
 
-__all__ = ["backend", "file", "on_file"]
+__all__ = ["backend", "on_store"]
+pytestmark = both_stores
 Json = dict[str, Any]
 AHEAD: Json = {"threshold_tokens": 1000, "ahead": True}
 DONE = 'compactions_total{cause="ahead"}'
@@ -188,25 +187,25 @@ async def test_a_record_that_fails_leaves_the_work_to_the_next_turn(app: App, ba
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-async def test_another_process_uses_it(on_file: StartOnFile, backend: Talker, kept: Verb) -> None:
-    first, second = [await on_file(compaction=AHEAD) for _ in range(2)]
+async def test_another_process_uses_it(on_store: StartOnStore, backend: Talker, kept: Verb) -> None:
+    first, second = [await on_store(compaction=AHEAD) for _ in range(2)]
     parent = await long_turn(first, kept)
     assert kinds((await next_turn(second, parent))["output"]) == DOUBLE
     assert len(backend.records) == 1
 
 
 async def test_a_background_turn_is_followed_by_one_record_of_all_processes(
-    on_file: StartOnFile, backend: Talker, kept: Verb
+    on_store: StartOnStore, backend: Talker, kept: Verb
 ) -> None:
-    first, second = [await on_file(compaction=AHEAD) for _ in range(2)]
+    first, second = [await on_store(compaction=AHEAD) for _ in range(2)]
     parent = await long_turn(first, kept, "background")
     children = [await next_turn(process, parent, "background") for process in (first, second)]
     assert [kinds(child["output"]) for child in children] == [DOUBLE] * 2
     assert len(backend.records) == 1
 
 
-async def test_a_process_that_stops_drops_the_work(backend: Talker, file: Path) -> None:
-    settings = settings_of(backend.url, compaction=AHEAD, store={"path": str(file)})
+async def test_a_process_that_stops_drops_the_work(backend: Talker, place: Place) -> None:
+    settings = settings_of(backend.url, **at(place, {"compaction": AHEAD}))
     backend.record, goes_on = held()
     async with running_app(settings) as app:
         parent = await turn(app, "plain", f"FACT 1: red. {LONG}")
@@ -223,26 +222,25 @@ async def test_a_process_that_stops_drops_the_work(backend: Talker, file: Path) 
 # -- what is deleted ---------------------------------------------------------------------------------------------------
 
 
-def works_in(file: Path) -> int:
-    with closing(sqlite3.connect(file)) as db:
-        return int(db.execute("SELECT count(*) FROM turn WHERE ahead IS NOT NULL").fetchone()[0])
+def works_in(place: Place) -> int:
+    return int(place.asked("SELECT count(*) FROM turn WHERE ahead IS NOT NULL")[0][0])
 
 
-async def test_it_goes_with_its_response(on_file: StartOnFile, kept: Verb, file: Path) -> None:
-    app = await on_file(compaction=AHEAD)
+async def test_it_goes_with_its_response(on_store: StartOnStore, kept: Verb, place: Place) -> None:
+    app = await on_store(compaction=AHEAD)
     parent = await long_turn(app, kept)
-    assert works_in(file) == 1
+    assert works_in(place) == 1
     await app.openai.responses.delete(parent["id"])
-    assert works_in(file) == 0
+    assert works_in(place) == 0
 
 
-async def test_it_goes_with_its_conversation(on_file: StartOnFile, kept: Verb, file: Path) -> None:
-    app = await on_file(compaction=AHEAD)
+async def test_it_goes_with_its_conversation(on_store: StartOnStore, kept: Verb, place: Place) -> None:
+    app = await on_store(compaction=AHEAD)
     conversation = await app.openai.conversations.create()
     await long_turn(app, kept, conversation=conversation.id)
-    assert works_in(file) == 1
+    assert works_in(place) == 1
     await app.openai.conversations.delete(conversation.id)
-    assert works_in(file) == 0
+    assert works_in(place) == 0
 
 
 @pytest.mark.parametrize("when", ["before", "during"])

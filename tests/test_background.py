@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import App, StartApp
-from controlled import controlled
+from conftest import App, StartApp, both_stores
+from controlled import Work, controlled, replaced
 from event_grammar import check, parse
 from scripted import (
     DEADLINE_S,
@@ -28,7 +25,7 @@ from scripted import (
     streamed,
     streamed_calls,
 )
-from test_durability import in_file
+from store_places import MemoryPlace, Place
 from test_proxy import Blocks, error_of, events_in
 
 import background
@@ -46,7 +43,6 @@ from routing import Upstreams
 from run_verbs import Held, NewRun, QueueLimits, RunStore
 from sealing import Seals
 from sources import Sources
-from store import SQLiteStore, StoreSettings, open_store
 from stream_plan import ReasoningSettings
 from streaming import ResponseStream
 from turns import Means, Turns, TurnSettings
@@ -54,6 +50,7 @@ from upstream import UpstreamSettings
 from verbs import NewTurn
 from watching import Watcher
 
+pytestmark = both_stores
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}
 RUN: Json = {**HI, "background": True}
@@ -190,22 +187,16 @@ def check_run(events: list[Json]) -> Json:
     return check([created, *({**event, "sequence_number": event["sequence_number"] - 1} for event in rest)])
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "responses.db"
-
-
-StartOnFile = Callable[..., Awaitable[App]]
+StartOnStore = Callable[..., Awaitable[App]]
 
 
 @pytest.fixture
-def on_file(start_app: StartApp, file: Path) -> StartOnFile:
-    """Starts one more process on the test's file: `await on_file(workers=0)`."""
+def on_store(start_app: StartApp, place: Place) -> StartOnStore:
+    """Starts one more process on the store that the test's processes share: `await on_store(workers=0)`."""
 
     async def start(workers: int = 8, **sections: Json) -> App:
         background = {"workers": workers, **QUICK, **sections.pop("background", {})}
-        store = {"path": str(file), **sections.pop("store", {})}
-        return await start_app(background=background, store=store, **sections)
+        return await start_app(background=background, **sections)
 
     return start
 
@@ -226,11 +217,8 @@ async def test_it_is_answered_at_once_as_queued(app: App, backend: Backend, body
 
 
 @both
-@pytest.mark.parametrize("kept", ["in memory", "in a file"])
-async def test_it_becomes_what_a_foreground_turn_would_be(
-    start_app: StartApp, on_file: StartOnFile, backend: Backend, body: Json, kept: str
-) -> None:
-    app = await (on_file() if kept == "in a file" else start_app())
+@pytest.mark.stores("memory", "file", "postgres")
+async def test_it_becomes_what_a_foreground_turn_would_be(app: App, backend: Backend, body: Json) -> None:
     backend.script(streamed("Hel", "lo"))
     async with app.post({**HI, "stream": True}) as answer:
         expected = events_in(await Blocks(answer).rest())[-1]["response"]
@@ -533,11 +521,11 @@ async def test_an_output_whose_call_a_running_parent_never_makes_fails_and_says_
 # -- cancel ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_queued_one_is_cancelled_and_never_asked_for(on_file: StartOnFile, backend: Backend) -> None:
-    app = await on_file(workers=0)
+async def test_a_queued_one_is_cancelled_and_never_asked_for(on_store: StartOnStore, backend: Backend) -> None:
+    app = await on_store(workers=0)
     response_id = (await created(app))["id"]
     assert (await cancelled(app, response_id))["status"] == "cancelled"
-    await on_file()
+    await on_store()
     other = await created(app)
     assert (await ended(app, other["id"]))["status"] == "completed"
     assert (len(backend.requests), (await got(app, response_id))["status"]) == (1, "cancelled")
@@ -749,9 +737,9 @@ async def test_a_child_whose_parent_is_deleted_fails(app: App, backend: Backend)
 
 
 async def test_a_child_goes_on_from_a_parent_that_is_deleted_after_its_end(
-    on_file: StartOnFile, backend: Backend
+    on_store: StartOnStore, backend: Backend
 ) -> None:
-    carrying_out, submitting = await on_file(), await on_file(workers=0)
+    carrying_out, submitting = await on_store(), await on_store(workers=0)
     backend.script(streamed("One."))
     parent = (await ended(carrying_out, (await created(carrying_out))["id"]))["id"]
     goes_on = asyncio.Event()
@@ -901,8 +889,8 @@ async def test_a_parent_that_will_join_a_conversation_is_a_409_until_then(
 
 
 @pytest.mark.parametrize("when", ["queued", "running"])
-async def test_one_whose_conversation_is_deleted_fails(on_file: StartOnFile, backend: Backend, when: str) -> None:
-    app = await on_file(workers=0 if when == "queued" else 1)
+async def test_one_whose_conversation_is_deleted_fails(on_store: StartOnStore, backend: Backend, when: str) -> None:
+    app = await on_store(workers=0 if when == "queued" else 1)
     script, goes_on = gated()
     backend.script(script)
     conversation = await new_conversation(app)
@@ -912,7 +900,7 @@ async def test_one_whose_conversation_is_deleted_fails(on_file: StartOnFile, bac
     async with app.http.delete(f"{app.url}/v1/conversations/{conversation}") as answer:
         assert answer.status == 200
     goes_on.set()
-    await on_file()
+    await on_store()
     assert (await ended(app, response_id))["status"] == "failed"
 
 
@@ -956,10 +944,10 @@ async def test_without_a_store_it_can_be_cancelled(app: App, backend: Backend) -
 
 @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
 async def test_without_a_store_nothing_of_it_is_left_some_time_after_its_end(
-    on_file: StartOnFile, backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    on_store: StartOnStore, backend: Backend, place: Place, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(event_log, "BRIEF_S", 0.2)
-    app = await on_file(background={"stream_retention_s": 0.2})
+    app = await on_store(background={"stream_retention_s": 0.2})
     script, goes_on = gated()
     backend.script(refused(500, "no") if how == "failed" else script)
     response_id = (await created(app, {**UNSTORED, "stream": True}))["id"]
@@ -976,7 +964,7 @@ async def test_without_a_store_nothing_of_it_is_left_some_time_after_its_end(
 
     async def is_erased() -> bool:
         tables = ("turn", "item", "run", "log", "event")
-        return all(in_file(file, f"SELECT count(*) FROM {table}") == [(0,)] for table in tables)
+        return all(place.asked(f"SELECT count(*) FROM {table}") == [(0,)] for table in tables)
 
     await until(is_erased)
 
@@ -1031,20 +1019,20 @@ async def test_no_more_are_carried_out_at_once_than_there_are_workers(start_app:
         assert (await ended(app, each))["status"] == "completed"
 
 
-async def test_a_process_without_workers_leaves_runs_to_another(on_file: StartOnFile, backend: Backend) -> None:
-    submitting = await on_file(workers=0)
+async def test_a_process_without_workers_leaves_runs_to_another(on_store: StartOnStore, backend: Backend) -> None:
+    submitting = await on_store(workers=0)
     backend.script(streamed("Hel", "lo"))
     response_id = (await created(submitting))["id"]
-    await on_file()
+    await on_store()
     response = await ended(submitting, response_id)
     assert (response["status"], response["output"][0]["content"][0]["text"]) == ("completed", "Hello")
 
 
 async def test_a_run_of_another_process_is_tailed_live(
-    on_file: StartOnFile, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    on_store: StartOnStore, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_log, "LOOK_AGAIN_S", 3600.0)
-    submitting, _ = await on_file(workers=0), await on_file()
+    submitting, _ = await on_store(workers=0), await on_store()
     script, goes_on = gated()
     backend.script(script)
     async with submitting.post(STREAMED_RUN) as answer:
@@ -1056,24 +1044,24 @@ async def test_a_run_of_another_process_is_tailed_live(
     assert (len(seen), events_in(rest)[-1]["response"]["status"]) == (5, "completed")
 
 
-async def test_a_run_of_another_process_is_cancelled(on_file: StartOnFile, backend: Backend, file: Path) -> None:
-    submitting, carrying_out = await on_file(workers=0), await on_file()
+async def test_a_run_of_another_process_is_cancelled(on_store: StartOnStore, backend: Backend, place: Place) -> None:
+    submitting, carrying_out = await on_store(workers=0), await on_store()
     script, goes_on = gated()
     backend.script(script)
     response_id = (await created(submitting))["id"]
     request = await backend.received()
     response = await cancelled(submitting, response_id)
-    assert (response["status"], in_file(file, "SELECT count(*) FROM run")) == ("cancelled", [(0,)])
+    assert (response["status"], place.asked("SELECT count(*) FROM run")) == ("cancelled", [(0,)])
     assert await request.is_let_go()
     goes_on.set()
     assert [await got(app, response_id) for app in (submitting, carrying_out)] == [response] * 2
 
 
 async def test_a_child_at_one_process_waits_for_a_parent_at_another(
-    on_file: StartOnFile, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    on_store: StartOnStore, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("past.LOOK_AGAIN_S", 3600.0)
-    submitting, _ = await on_file(workers=0), await on_file()
+    submitting, _ = await on_store(workers=0), await on_store()
     script, goes_on = gated("One", ".")
     backend.script(script, plain("Two."))
     parent = (await created(submitting))["id"]
@@ -1086,11 +1074,11 @@ async def test_a_child_at_one_process_waits_for_a_parent_at_another(
 
 
 async def test_what_waits_when_a_process_stops_is_carried_out_by_the_next_one(
-    start_app: StartApp, on_file: StartOnFile, backend: Backend, file: Path
+    start_app: StartApp, on_store: StartOnStore, backend: Backend, place: Place
 ) -> None:
-    app = await on_file(workers=0)
+    app = await on_store(workers=0)
     found = [(await created(app))["id"] for _ in range(3)]
-    again = await on_file()
+    again = await on_store()
     assert [(await ended(again, each))["status"] for each in found] == ["completed"] * 3
 
 
@@ -1151,23 +1139,23 @@ async def test_the_stream_of_one_that_takes_too_long_ends_with_response_failed(
 @pytest.mark.parametrize("garbage", [b"", b"\x00\xff", b"[]", b"{}", b'{"model":1}', b'{"model":"m","nonsense":1}'])
 @both
 async def test_one_whose_request_cannot_be_read_ends(
-    on_file: StartOnFile, backend: Backend, file: Path, body: Json, garbage: bytes
+    on_store: StartOnStore, backend: Backend, place: Place, body: Json, garbage: bytes
 ) -> None:
-    app = await on_file(workers=0)
+    app = await on_store(workers=0)
     response_id = (await created(app, body))["id"]
-    in_file(file, "UPDATE run SET request = ?", garbage)
-    await on_file()
+    place.asked("UPDATE run SET request = ?", garbage)
+    await on_store()
     response = await ended(app, response_id)
     if b"nonsense" not in garbage:
         assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
-    assert in_file(file, "SELECT count(*) FROM run") == [(0,)]
+    assert place.asked("SELECT count(*) FROM run") == [(0,)]
 
 
 @pytest.mark.parametrize("what", ["run", "rendering", "machine"])
 async def test_a_fault_of_this_program_fails_the_response_and_not_the_queue(
-    on_file: StartOnFile, backend: Backend, monkeypatch: pytest.MonkeyPatch, what: str
+    on_store: StartOnStore, backend: Backend, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    app = await on_file(workers=0)
+    app = await on_store(workers=0)
     backend.script(streamed("Hi"))
     response_id = (await created(app, STREAMED_RUN))["id"]
 
@@ -1181,7 +1169,7 @@ async def test_a_fault_of_this_program_fails_the_response_and_not_the_queue(
     }[what]
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        await on_file()
+        await on_store()
         response = await ended(app, response_id)
     assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
     assert "secret" not in response["error"]["message"]
@@ -1204,31 +1192,27 @@ async def with_token() -> Callable[[App], App]:
     return with_token
 
 
-def holding(text: str, folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if text.encode() in path.read_bytes())
-
-
 @both
 async def test_the_clients_key_reaches_the_backend_and_is_nowhere_in_clear(
-    on_file: StartOnFile, with_token: Callable[[App], App], backend: Backend, tmp_path: Path, file: Path, body: Json
+    on_store: StartOnStore, with_token: Callable[[App], App], backend: Backend, place: Place, body: Json
 ) -> None:
-    app = with_token(await on_file(**PASSING))
+    app = with_token(await on_store(**PASSING))
     script, goes_on = gated()
     backend.script(script)
     response_id = (await created(app, body))["id"]
     assert (await backend.received()).headers["authorization"] == f"Bearer {TOKEN}"
-    ((sealed,),) = in_file(file, "SELECT bearer FROM run")
-    assert (holding(TOKEN, tmp_path), holding(sealed, tmp_path) != []) == ([], True)
+    ((sealed,),) = place.asked("SELECT bearer FROM run")
+    assert (place.holding(TOKEN), place.holding(sealed) != []) == ([], True)
     goes_on.set()
     assert (await ended(app, response_id))["status"] == "completed"
-    assert (in_file(file, "SELECT bearer FROM run"), holding(TOKEN, tmp_path)) == ([], [])
+    assert (place.asked("SELECT bearer FROM run"), place.holding(TOKEN)) == ([], [])
 
 
 @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
 async def test_the_clients_key_is_erased_at_the_end(
-    on_file: StartOnFile, with_token: Callable[[App], App], backend: Backend, file: Path, how: str
+    on_store: StartOnStore, with_token: Callable[[App], App], backend: Backend, place: Place, how: str
 ) -> None:
-    app = with_token(await on_file(**PASSING))
+    app = with_token(await on_store(**PASSING))
     script, goes_on = gated()
     backend.script(refused(500, "no") if how == "failed" else script)
     response_id = (await created(app))["id"]
@@ -1237,17 +1221,16 @@ async def test_the_clients_key_is_erased_at_the_end(
         await cancelled(app, response_id)
     goes_on.set()
     assert (await ended(app, response_id))["status"] == how
-    with closing(sqlite3.connect(file, isolation_level=None)) as db:
-        assert db.execute("SELECT count(*) FROM run").fetchone() == (0,)
+    assert place.asked("SELECT count(*) FROM run") == [(0,)]
 
 
 @pytest.mark.parametrize("keys", [(OTHER,), (OTHER, SEALED_BY)], ids=["changed", "rotated"])
 async def test_changed_sealing_keys_fail_what_waits_with_a_clients_key(
-    on_file: StartOnFile, with_token: Callable[[App], App], backend: Backend, keys: tuple[str, ...]
+    on_store: StartOnStore, with_token: Callable[[App], App], backend: Backend, keys: tuple[str, ...]
 ) -> None:
-    app = with_token(await on_file(workers=0, sealing={"keys": (SEALED_BY,)}, **PASSING))
+    app = with_token(await on_store(workers=0, sealing={"keys": (SEALED_BY,)}, **PASSING))
     response_id = (await created(app))["id"]
-    await on_file(sealing={"keys": keys}, **PASSING)
+    await on_store(sealing={"keys": keys}, **PASSING)
     response = await ended(app, response_id)
     if SEALED_BY in keys:
         assert (response["status"], backend.requests[0].headers["authorization"]) == ("completed", f"Bearer {TOKEN}")
@@ -1377,18 +1360,17 @@ async def test_events_that_were_never_written_come_with_the_end(
 async def test_events_that_were_written_though_the_store_denied_it_are_told_once(
     app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = SQLiteStore.log
     denied = 0
 
-    async def write_and_deny(*arguments: Any) -> bool:
+    async def write_and_deny(write: Work, *arguments: Any) -> Any:
         nonlocal denied
-        written = await really(*arguments)
+        written = await write(*arguments)
         denied += 1
         if denied <= 3:
             raise UNWRITABLE.with_traceback(None)
         return written
 
-    monkeypatch.setattr(SQLiteStore, "log", write_and_deny)
+    replaced("log", write_and_deny, monkeypatch)
     gates = [asyncio.Event() for _ in range(4)]
     steps = [step for number, gate in enumerate(gates) for step in (chunk(content=str(number)), gate)]
     backend.script(Script([*steps, *END]))
@@ -1438,22 +1420,20 @@ async def test_an_end_that_cannot_be_kept_can_be_cancelled(
     assert await got(app, response_id) == response
 
 
-async def test_a_file_that_is_locked_for_a_while_loses_no_event(
-    on_file: StartOnFile, backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_store_that_is_locked_for_a_while_loses_no_event(
+    on_store: StartOnStore, backend: Backend, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_log, "TRY_AGAIN_S", 0.02)
-    app = await on_file(store={"busy_timeout_s": 0.05}, background={"lease_s": 60.0})
+    app = await on_store(store=place.hasty, background={"lease_s": 60.0})
     writes, settle = controlled("log", monkeypatch), controlled("settle", monkeypatch)
     script, goes_on = gated()
     backend.script(script)
     async with app.post(STREAMED_RUN) as answer:
         blocks = Blocks(answer)
         seen = [await blocks.next() for _ in range(6)]
-        with closing(sqlite3.connect(file, isolation_level=None)) as db:
-            db.execute("BEGIN EXCLUSIVE")
+        with place.locked():
             goes_on.set()
             await settle.once_more("asked", 2)
-            db.execute("ROLLBACK")
         rest = await blocks.rest()
     whole = events_in(joined(seen, rest))
     assert (check_run(whole)["status"], writes.asked >= 1) == ("completed", True)
@@ -1474,11 +1454,11 @@ async def test_what_cannot_be_admitted_is_a_503_and_never_runs(
 
 @pytest.mark.parametrize("verb", ["claim", "held", "renew_runs", "expired", "forget_ended", "version", "states"])
 async def test_a_queue_that_cannot_be_looked_after_for_a_while_goes_on(
-    on_file: StartOnFile, backend: Backend, monkeypatch: pytest.MonkeyPatch, verb: str
+    on_store: StartOnStore, backend: Backend, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setattr(background, "TRY_AGAIN_S", 0.02)
     looked = controlled(verb, monkeypatch)
-    app = await on_file()
+    app = await on_store()
     script, goes_on = gated()
     backend.script(script, streamed("Hi"))
     looked.failure = UNWRITABLE
@@ -1500,11 +1480,11 @@ async def test_a_claim_that_is_lost_at_the_end_gives_the_conversation_back(
     """Nothing was saved then, and so nothing has given the lease back yet."""
     asked = asyncio.Event()
 
-    async def lost(store: SQLiteStore, *given: Any) -> bool:
+    async def lost(settle: Work, *given: Any) -> bool:
         asked.set()
         return False
 
-    monkeypatch.setattr(SQLiteStore, "settle", lost)
+    replaced("settle", lost, monkeypatch)
     backend.script(streamed("Hi"), plain())
     conversation = await new_conversation(app)
     await created(app, {**RUN, "conversation": conversation})
@@ -1546,7 +1526,7 @@ async def test_the_time_that_a_save_takes_is_not_the_runs(
 
 
 class Queue:
-    """A queue that carries nothing out, over a store in memory, with a clock that the test sets."""
+    """A queue that carries nothing out, with a clock that the test sets."""
 
     def __init__(self, store: RunStore) -> None:
         self.store = store
@@ -1572,8 +1552,8 @@ class Queue:
 
 
 @pytest.fixture
-async def queue() -> AsyncIterator[Queue]:
-    store = await open_store(StoreSettings(":memory:"))
+async def queue(kept_in: MemoryPlace | Place) -> AsyncIterator[Queue]:
+    store = await kept_in.open()
     queue = Queue(store)
     yield queue
     await queue.upstreams.close()

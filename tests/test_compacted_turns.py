@@ -42,17 +42,18 @@ from compacting import (
     turn,
     user,
 )
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from event_grammar import check
 from openai.types.conversations import ConversationItem
 from pydantic import TypeAdapter
 from scripted import Script, chunk, refused, sse
-from test_background import StartOnFile, file, on_file
+from store_places import Place
+from test_background import StartOnStore, on_store
 from test_proxy import Blocks, error_of, events_in
 
 from keys import rotate_keys
 
-__all__ = ["app", "backend", "file", "low", "on_file"]
+__all__ = ["app", "backend", "low", "on_store"]
 Json = dict[str, Any]
 FAILED: Any = (openai.APIStatusError,)
 
@@ -151,6 +152,7 @@ async def test_the_window_that_a_refusal_told_is_known_to_later_turns(app: App, 
     assert (kinds(response["output"]), causes) == (DOUBLE, [1, 1])
 
 
+@both_stores
 async def test_a_chain_whose_window_was_refused_goes_on(app: App, small: Talker) -> None:
     parent = await turn(app, "plain", WIDE)
     for mode in MODES * 3:
@@ -207,6 +209,7 @@ async def test_a_window_that_was_compacted_and_is_refused_is_compacted_once_more
 each_bad_record = pytest.mark.parametrize("bad", BAD_RECORDS)
 
 
+@both_stores
 @each_mode
 @each_bad_record
 async def test_a_turn_above_its_threshold_goes_on_without_a_record(
@@ -223,6 +226,7 @@ async def test_a_turn_above_its_threshold_goes_on_without_a_record(
     assert (kinds(child["output"]), "FACT 1: red" in texts_of(backend.turns[-1].body)) == (DOUBLE, True)
 
 
+@both_stores
 @each_bad_record
 async def test_a_bad_record_is_asked_for_once_more(low: App, backend: Talker, bad: str) -> None:
     parent = await chain(low)
@@ -235,6 +239,7 @@ async def test_a_bad_record_is_asked_for_once_more(low: App, backend: Talker, ba
     assert bad == "broken" or (last not in words[0] and words[1].endswith(last))
 
 
+@both_stores
 @each_bad_record
 async def test_a_trigger_and_the_route_are_told_that_the_compaction_failed(app: App, backend: Talker, bad: str) -> None:
     parent = await chain(app)
@@ -248,6 +253,7 @@ async def test_a_trigger_and_the_route_are_told_that_the_compaction_failed(app: 
     assert (await turn(app, "plain", "Go on.", **past))["status"] == "completed"
 
 
+@both_stores
 @each_bad_record
 async def test_a_streamed_trigger_that_fails_shows_no_half_of_an_item(app: App, backend: Talker, bad: str) -> None:
     parent = await chain(app)
@@ -263,6 +269,7 @@ async def test_a_streamed_trigger_that_fails_shows_no_half_of_an_item(app: App, 
     assert (await asked(app, f"/responses/{response['id']}"))["status"] == "failed"
 
 
+@both_stores
 @pytest.mark.parametrize("bad", ["broken", "empty"])
 async def test_an_overflow_without_a_record_is_the_backends_own(app: App, backend: Talker, bad: str) -> None:
     parent = await chain(app)
@@ -281,6 +288,7 @@ async def test_a_background_trigger_that_fails_is_a_failed_response(app: App, ba
     assert (response["status"], response["output"], response["error"]["code"]) == ("failed", [], "server_error")
 
 
+@both_stores
 async def test_a_record_that_takes_too_long_has_failed(start_app: StartApp, backend: Talker) -> None:
     app = await start_app(compaction={**LOW, "timeout_s": 0.05})
     parent = await chain(app)
@@ -291,6 +299,7 @@ async def test_a_record_that_takes_too_long_has_failed(start_app: StartApp, back
     assert kinds((await turn(app, "plain", LONG, **past))["output"]) == ["message"]
 
 
+@both_stores
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_model_that_writes_later_says_so_to_the_client(app: App, backend: Talker, status: int) -> None:
     parent = await chain(app)
@@ -298,6 +307,7 @@ async def test_a_model_that_writes_later_says_so_to_the_client(app: App, backend
     await compacted(app, {"previous_response_id": parent["id"]}, status)
 
 
+@both_stores
 async def test_a_refusal_is_passed_on_where_the_answer_alone_would_fill_the_window(app: App, backend: Talker) -> None:
     parent = await chain(app)
     backend.answer = lambda body: full(body, "llamacpp")
@@ -311,6 +321,7 @@ async def test_a_refusal_is_passed_on_where_the_answer_alone_would_fill_the_wind
 SLOW = {"server": {"keepalive_s": 0.05}, "compaction": LOW}
 
 
+@both_stores
 @pytest.mark.parametrize(
     ("path", "options"),
     [("responses", {}), ("responses", {"stream": True}), ("responses", {"t": True}), ("responses/compact", {})],
@@ -334,6 +345,7 @@ async def test_a_client_that_leaves_stops_the_record(low: App, backend: Talker, 
     assert isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError)
 
 
+@both_stores
 async def test_the_stream_begins_and_is_kept_alive_while_the_record_is_written(
     start_app: StartApp, backend: Talker
 ) -> None:
@@ -354,6 +366,7 @@ async def test_the_stream_begins_and_is_kept_alive_while_the_record_is_written(
     assert kinds(check(events_in([*(block.strip() for block in seen), *rest]))["output"]) == DOUBLE
 
 
+@both_stores
 async def test_a_cancel_during_the_record_stops_it(low: App, backend: Talker) -> None:
     parent = await chain(low)
     backend.record, goes_on = held()
@@ -364,6 +377,7 @@ async def test_a_cancel_during_the_record_stops_it(low: App, backend: Talker) ->
     goes_on.set()
 
 
+@both_stores
 async def test_a_turn_that_breaks_after_its_compaction_fails_with_the_item(low: App, backend: Talker) -> None:
     parent = await chain(low)
     backend.answer = lambda body: Script([chunk(content="Hel")], end="cut")
@@ -381,6 +395,7 @@ async def test_a_turn_that_breaks_after_its_compaction_fails_with_the_item(low: 
 ITEM: TypeAdapter[Any] = TypeAdapter(ConversationItem)
 
 
+@both_stores
 async def test_a_conversation_shows_items_of_the_sdk_only(low: App) -> None:
     conversation = await low.openai.conversations.create()
     for given in (LONG, LONG, [TRIGGER]):
@@ -389,6 +404,7 @@ async def test_a_conversation_shows_items_of_the_sdk_only(low: App) -> None:
     assert [ITEM.validate_python(item).type for item in items] == ["message"] * 3 + [*DOUBLE, "compaction"]
 
 
+@both_stores
 async def test_a_conversation_whose_item_is_taken_out_is_whole_again(low: App, backend: Talker) -> None:
     conversation = await low.openai.conversations.create()
     for number in range(2):
@@ -435,6 +451,7 @@ async def test_a_window_that_is_refused_is_truncated_where_that_is_asked_for(app
     assert (told[-1][-1], 2 <= len(told[-1]) <= 4) == ("FACT 7: red", True)
 
 
+@both_stores
 async def test_a_call_stays_with_its_output_where_a_window_is_truncated(start_app: StartApp, backend: Talker) -> None:
     app = await start_app(upstream={"window_tokens": 2000})
     backend.answer = lambda body: said(body) if body["messages"][-1]["role"] == "tool" else called(body, "call_0")
@@ -462,8 +479,10 @@ async def test_without_truncation_a_known_window_is_sent_as_it_is(start_app: Sta
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_chain_goes_on_at_another_process_across_its_compactions(on_file: StartOnFile, backend: Talker) -> None:
-    pair = [await on_file(compaction=LOW) for _ in range(2)]
+async def test_a_chain_goes_on_at_another_process_across_its_compactions(
+    on_store: StartOnStore, backend: Talker
+) -> None:
+    pair = [await on_store(compaction=LOW) for _ in range(2)]
     parent: Json = {"id": None}
     counts = []
     for n in range(12):
@@ -474,12 +493,13 @@ async def test_a_chain_goes_on_at_another_process_across_its_compactions(on_file
     assert set(facts_of(texts_of(backend.turns[-1].body))) == {f"FACT {n}: red" for n in range(12)}
 
 
+@pytest.mark.stores("file")
 async def test_items_of_before_and_after_a_rotation_of_keys_open_at_both_processes(
-    on_file: StartOnFile, backend: Talker, file: Path
+    on_store: StartOnStore, backend: Talker, place: Place
 ) -> None:
-    pair = [await on_file() for _ in range(2)]
+    pair = [await on_store() for _ in range(2)]
     before = (await compacted(pair[0], {"input": "FACT 1: red"}))["output"]
-    rotate_keys((), Path(f"{file}.key"))
+    rotate_keys((), Path(f"{place.address}.key"))
     after = (await compacted(pair[1], {"input": "FACT 2: blue"}))["output"]
     assert before[-1][BLOB][:8] != after[-1][BLOB][:8]
     for process in pair:
@@ -488,12 +508,13 @@ async def test_items_of_before_and_after_a_rotation_of_keys_open_at_both_process
     assert [facts_of(texts_of(request.body)) for request in backend.turns] == [["FACT 1: red"], ["FACT 2: blue"]] * 2
 
 
+@pytest.mark.stores("file")
 async def test_a_chain_with_a_compaction_goes_on_after_a_rotation(
-    on_file: StartOnFile, backend: Talker, file: Path
+    on_store: StartOnStore, backend: Talker, place: Place
 ) -> None:
-    process = await on_file(compaction=LOW)
+    process = await on_store(compaction=LOW)
     parent = await chain(process, 2)
-    rotate_keys((), Path(f"{file}.key"))
+    rotate_keys((), Path(f"{place.address}.key"))
     for _ in range(2):
         parent = await turn(process, "plain", LONG, previous_response_id=parent["id"])
         assert kinds(parent["output"]) == DOUBLE

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import uvicorn
-from conftest import App, StartApp, listening_socket, settings_of
+from conftest import App, StartApp, at, both_stores, listening_socket, settings_of
 from event_grammar import check, parse
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from scripted import (
@@ -28,6 +27,7 @@ from scripted import (
     streamed,
     streamed_calls,
 )
+from store_places import MemoryPlace, Place
 from test_proxy import Blocks, error_of, events_in
 
 from counting import Counter
@@ -42,6 +42,7 @@ from sources import Ids, Sources
 from turns import Means
 from watching import Watcher
 
+pytestmark = both_stores
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}
 STREAM: Json = {**HI, "stream": True}
@@ -195,10 +196,10 @@ async def test_a_conversation_gets_a_request_once(app: App) -> None:
     assert [item.role for item in listed.data if item.type == "message"] == ["user", "assistant"]
 
 
-async def test_a_key_is_known_after_a_restart(start_app: StartApp, backend: Backend, tmp_path: Path) -> None:
-    store = {"path": str(tmp_path / "responses.db")}
-    first, _ = await sent(await start_app(store=store))
-    assert (await sent(await start_app(store=store)), len(backend.requests)) == ((first, "true"), 1)
+@pytest.mark.stores("file", "postgres")
+async def test_a_key_is_known_after_a_restart(start_app: StartApp, backend: Backend) -> None:
+    first, _ = await sent(await start_app())
+    assert (await sent(await start_app()), len(backend.requests)) == ((first, "true"), 1)
 
 
 # -- what a key does not stand for -------------------------------------------------------------------------------------
@@ -448,9 +449,9 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIterator[App]:
+async def clocked_app(backend: Backend, clock: Callable[[], float], kept_in: MemoryPlace | Place) -> AsyncIterator[App]:
     """The proxy put together as `proxy.opened` does it, by another clock."""
-    settings = settings_of(backend.url)
+    settings = settings_of(backend.url, **at(kept_in, {}))
     async with contextlib.AsyncExitStack() as stack:
         store = await opened_store(settings, stack)
         upstreams = Upstreams(settings.upstream)
@@ -474,26 +475,28 @@ async def clocked_app(backend: Backend, clock: Callable[[], float]) -> AsyncIter
         yield App(url, client, http)
 
 
-async def test_a_key_is_known_for_24_hours(backend: Backend) -> None:
+async def test_a_key_is_known_for_24_hours(backend: Backend, kept_in: MemoryPlace | Place) -> None:
     clock = Clock()
-    async with clocked_app(backend, clock) as app:
+    async with clocked_app(backend, clock, kept_in) as app:
         first, _ = await sent(app)
         clock.now += DAY_S - 1
         assert (await sent(app), len(backend.requests)) == ((first, "true"), 1)
 
 
-async def test_a_key_is_forgotten_after_24_hours(backend: Backend) -> None:
+async def test_a_key_is_forgotten_after_24_hours(backend: Backend, kept_in: MemoryPlace | Place) -> None:
     clock = Clock()
-    async with clocked_app(backend, clock) as app:
+    async with clocked_app(backend, clock, kept_in) as app:
         first, _ = await sent(app)
         clock.now += DAY_S
         second, is_replayed = await sent(app, {**HI, "input": "Ho"})
         assert (second["id"] != first["id"], is_replayed, len(backend.requests)) == (True, None, 2)
 
 
-async def test_a_key_is_known_for_24_hours_from_its_first_use_only(backend: Backend) -> None:
+async def test_a_key_is_known_for_24_hours_from_its_first_use_only(
+    backend: Backend, kept_in: MemoryPlace | Place
+) -> None:
     clock = Clock()
-    async with clocked_app(backend, clock) as app:
+    async with clocked_app(backend, clock, kept_in) as app:
         first, _ = await sent(app)
         clock.now += DAY_S - 1
         await sent(app)
@@ -502,9 +505,9 @@ async def test_a_key_is_known_for_24_hours_from_its_first_use_only(backend: Back
         assert (second["id"] != first["id"], is_replayed, len(backend.requests)) == (True, None, 2)
 
 
-async def test_a_forgotten_key_stands_for_its_newest_use(backend: Backend) -> None:
+async def test_a_forgotten_key_stands_for_its_newest_use(backend: Backend, kept_in: MemoryPlace | Place) -> None:
     clock = Clock()
-    async with clocked_app(backend, clock) as app:
+    async with clocked_app(backend, clock, kept_in) as app:
         await sent(app)
         clock.now += DAY_S
         second, _ = await sent(app)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 from compacting import FILLER, MODES, Talker, answered, asked, backend, turn
-from conftest import App, StartApp, running_app, settings_of
+from conftest import App, StartApp, at, running_app, settings_of
 from scripted import Script
-from test_background import file
+from store_places import Place
 
-__all__ = ["backend", "file"]
+__all__ = ["backend"]
 Json = dict[str, Any]
 # A model whose vocabulary has far more tokens for a text than others have.
 WEIGHT = 3
@@ -32,9 +29,8 @@ def counted(body: Json) -> Script:
     return Script([json.dumps({**told, "usage": usage}).encode()])
 
 
-def in_file(file: Path) -> dict[str, bytes]:
-    with closing(sqlite3.connect(file)) as db:
-        return dict(db.execute("SELECT name, value FROM learned").fetchall())
+def kept_at(place: Place) -> dict[str, bytes]:
+    return dict(place.asked("SELECT name, value FROM learned"))
 
 
 async def estimate(app: App, text: str) -> int:
@@ -51,28 +47,28 @@ QUESTION = FILLER * 30
 TRUE = count_of([{"content": QUESTION}])
 
 
-async def test_what_is_learned_of_a_model_is_kept_over_a_restart(backend: Talker, file: Path) -> None:
+async def test_what_is_learned_of_a_model_is_kept_over_a_restart(backend: Talker, place: Place) -> None:
     backend.answer = counted
-    settings = settings_of(backend.url, store={"path": str(file)})
+    settings = settings_of(backend.url, **at(place, {}))
     async with running_app(settings) as app:
         at_first = await estimate(app, QUESTION)
         await taught(app)
         learned = await estimate(app, QUESTION)
-    assert [name.endswith(" m") for name in in_file(file)] == [True]
+    assert [name.endswith(" m") for name in kept_at(place)] == [True]
     async with running_app(settings) as app:
         after = await estimate(app, QUESTION)
     assert at_first < TRUE / 2
     assert (learned, after) == (pytest.approx(TRUE, rel=0.05), learned)
 
 
-async def test_another_process_goes_on_learning_where_the_first_one_was(backend: Talker, file: Path) -> None:
+async def test_another_process_goes_on_learning_where_the_first_one_was(backend: Talker, place: Place) -> None:
     backend.answer = counted
-    settings = settings_of(backend.url, store={"path": str(file)})
+    settings = settings_of(backend.url, **at(place, {}))
     seen = []
     for _ in range(2):
         async with running_app(settings) as app:
             await taught(app)
-        ((value,),) = (in_file(file).values(),)
+        ((value,),) = (kept_at(place).values(),)
         seen.append(json.loads(value)[0])
     assert seen == [11, 22]
 

@@ -9,16 +9,17 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import no_task_is_left
+from conftest import both_stores, no_task_is_left
 from controlled import controlled
 from scripted import DEADLINE_S
+from store_places import MemoryPlace, Place
 from test_idempotency import Clock
 
 from errors import StoreError
 from leases import LEASE_S, Leases
 from sources import Ids, Sources
-from store import StoreSettings, open_store
 
+pytestmark = both_stores
 UNWRITABLE = StoreError("The store of responses may not be written.")
 
 
@@ -28,11 +29,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def leases(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Leases]:
+async def leases(clock: Clock, kept_in: MemoryPlace | Place, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Leases]:
     """Leases that are renewed, asked for and given back again without delay."""
     for name in ("RENEW_EVERY_S", "ASK_AGAIN_S", "RETURN_AGAIN_S"):
         monkeypatch.setattr(f"leases.{name}", 0.001)
-    store = await open_store(StoreSettings(":memory:"))
+    store = await kept_in.open()
     leases = Leases(store, Sources(clock, Ids(clock)))
     yield leases
     async with asyncio.timeout(DEADLINE_S):

@@ -5,30 +5,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from pathlib import Path
 
 from conftest import ROOT, App, StartApp
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import Backend, streamed
+from store_places import Place
 from test_background import (
     RUN,
     STREAMED_RUN,
-    StartOnFile,
+    StartOnStore,
     cancelled,
     created,
     deleted,
     ended,
-    file,
     foreground,
     gated,
-    on_file,
+    on_store,
     until,
 )
-from test_durability import in_file
 
 from metrics import CONTENT_TYPE, ENDS, MODES, Load, Metrics
 
-__all__ = ["file", "on_file"]
+__all__ = ["on_store"]
 NAMES = {
     "runs_queued": "gauge",
     "runs_running": "gauge",
@@ -135,9 +133,9 @@ async def test_they_need_no_key(start_app: StartApp) -> None:
     assert (await values(await start_app(auth={"mode": "keys", "keys": keys})))["runs_queued"] == 0
 
 
-async def test_what_waits_and_what_runs_is_told_at_every_process(on_file: StartOnFile, backend: Backend) -> None:
-    submitting = await on_file(workers=0)
-    carrying_out = await on_file(workers=1)
+async def test_what_waits_and_what_runs_is_told_at_every_process(on_store: StartOnStore, backend: Backend) -> None:
+    submitting = await on_store(workers=0)
+    carrying_out = await on_store(workers=1)
     script, goes_on = gated()
     backend.script(script)
     for _ in range(3):
@@ -168,19 +166,21 @@ async def test_a_failed_response_is_one_attempt(app: App, backend: Backend) -> N
     await reached(app, run_attempts_total=1, run_takeovers_total=0, runs_running=0)
 
 
-async def test_a_run_that_was_begun_before_is_a_takeover(on_file: StartOnFile, backend: Backend, file: Path) -> None:
+async def test_a_run_that_was_begun_before_is_a_takeover(
+    on_store: StartOnStore, backend: Backend, place: Place
+) -> None:
     backend.script(streamed("Hi"))
-    app = await on_file(workers=0)
+    app = await on_store(workers=0)
     response_id = (await created(app))["id"]
-    in_file(file, "UPDATE run SET attempts = 1")
-    taking_over = await on_file()
+    place.asked("UPDATE run SET attempts = 1")
+    taking_over = await on_store()
     assert (await ended(app, response_id))["status"] == "completed"
     await reached(taking_over, run_attempts_total=1, run_takeovers_total=1)
 
 
-async def test_a_cancel_counts_where_it_was_asked_for_and_once(on_file: StartOnFile, backend: Backend) -> None:
-    submitting = await on_file(workers=0)
-    carrying_out = await on_file()
+async def test_a_cancel_counts_where_it_was_asked_for_and_once(on_store: StartOnStore, backend: Backend) -> None:
+    submitting = await on_store(workers=0)
+    carrying_out = await on_store()
     script, _ = gated()
     backend.script(script)
     response_id = (await created(submitting, STREAMED_RUN))["id"]

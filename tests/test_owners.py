@@ -7,17 +7,18 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from scripted import Backend, Script, chunk, plain, refused, streamed
+from store_places import FilePlace, Place
 from test_proxy import Blocks, error_of, events_in
 
 from stored import STORED_ROUTES
 from windows import WINDOW_ROUTES
 
+pytestmark = both_stores
 Json = dict[str, Any]
 
 ALICE, BOB = "rp-alice-4f1c9d27", "rp-bob-83ab52e0"
@@ -373,10 +374,10 @@ async def test_two_tokens_are_two_owners(start_app: StartApp) -> None:
     assert [answer.status for answer in answers] == [200, 404]
 
 
-async def test_a_token_is_the_same_owner_after_a_restart(start_app: StartApp, tmp_path: Path) -> None:
-    store = {"path": str(tmp_path / "responses.db")}
-    response_id = (await Client(await passing(start_app, store=store), TOKEN).respond())["id"]
-    again = Client(await passing(start_app, store=store), TOKEN)
+@pytest.mark.stores("file", "postgres")
+async def test_a_token_is_the_same_owner_after_a_restart(start_app: StartApp) -> None:
+    response_id = (await Client(await passing(start_app), TOKEN).respond())["id"]
+    again = Client(await passing(start_app), TOKEN)
     assert (await again.ask("GET", f"/v1/responses/{response_id}")).body["id"] == response_id
 
 
@@ -410,23 +411,19 @@ async def everything(client: Client, backend: Backend) -> None:
     await client.ask("DELETE", f"/v1/responses/{response['id']}")
 
 
-def holding(text: str, folder: Path) -> list[str]:
-    """The files in which a text stands."""
-    return sorted(path.name for path in folder.iterdir() if text.encode() in path.read_bytes())
-
-
 @pytest.mark.parametrize(
     ("auth", "token"), [(PASSTHROUGH, TOKEN), (AUTH, ALICE)], ids=["token of passthrough", "key of keys"]
 )
-async def test_a_clients_key_is_nowhere_in_the_files_or_the_log(
-    start_app: StartApp, backend: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture, auth: Json, token: str
+async def test_a_clients_key_is_nowhere_in_the_store_or_the_log(
+    start_app: StartApp, backend: Backend, place: Place, caplog: pytest.LogCaptureFixture, auth: Json, token: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    app = await start_app(auth=auth, store={"path": str(tmp_path / "responses.db")})
+    app = await start_app(auth=auth)
     await everything(Client(app, token), backend)
-    assert holding("", tmp_path) == ["responses.db", "responses.db-shm", "responses.db-wal", "responses.db.key"]
-    assert holding("Hello there.", tmp_path) == ["responses.db-wal"]
-    assert (holding(token, tmp_path), holding(hashlib.sha256(token.encode()).hexdigest(), tmp_path)) == ([], [])
+    if isinstance(place, FilePlace):
+        assert place.holding("") == ["responses.db", "responses.db-shm", "responses.db-wal", "responses.db.key"]
+    assert place.holding("Hello there.") == (["responses.db-wal"] if isinstance(place, FilePlace) else ["item"])
+    assert (place.holding(token), place.holding(hashlib.sha256(token.encode()).hexdigest())) == ([], [])
     assert [record.msg for record in caplog.records if token in f"{record.getMessage()}{record.args}"] == []
 
 
@@ -465,13 +462,12 @@ BACKGROUND_CASES = [
 
 @pytest.fixture(params=["queued", "in_progress", "completed"])
 async def run_of_alice(
-    request: pytest.FixtureRequest, start_app: StartApp, backend: Backend, tmp_path: Path
+    request: pytest.FixtureRequest, start_app: StartApp, backend: Backend, place: Place
 ) -> tuple[Client, Client, str]:
     """A streamed background response of hers in each status; with bob, at another process."""
-    store = {"path": str(tmp_path / "responses.db")}
     workers = 0 if request.param == "queued" else 1
-    app = await start_app(auth=AUTH, store=store, background={"workers": workers})
-    bobs = await start_app(auth=AUTH, store=store, background={"workers": 0})
+    app = await start_app(auth=AUTH, background={"workers": workers})
+    bobs = await start_app(auth=AUTH, background={"workers": 0})
     backend.script(Script([chunk(content="Hel")], end="silent") if request.param == "in_progress" else streamed("Hi"))
     alice, bob = Client(app, ALICE), Client(bobs, BOB)
     headers = {"authorization": f"Bearer {ALICE}"}
@@ -517,14 +513,13 @@ async def test_each_owner_has_its_own_queue(start_app: StartApp) -> None:
     assert (await bob.respond(background=True))["status"] == "queued"
 
 
-async def test_owners_are_served_in_turns(start_app: StartApp, backend: Backend, tmp_path: Path) -> None:
-    store = {"path": str(tmp_path / "responses.db")}
-    app = await start_app(auth=AUTH, store=store, background={"workers": 0})
+async def test_owners_are_served_in_turns(start_app: StartApp, backend: Backend, place: Place) -> None:
+    app = await start_app(auth=AUTH, background={"workers": 0})
     for key, count in ((ALICE, 4), (BOB, 2)):
         for number in range(count):
             await Client(app, key).respond(background=True, input=f"{key} {number}")
     backend.script(streamed("Hi"))
-    await start_app(auth=AUTH, store=store, background={"workers": 1})
+    await start_app(auth=AUTH, background={"workers": 1})
     asked = [(await backend.received()).body["messages"][0]["content"] for _ in range(6)]
     in_turns = [(ALICE, 0), (BOB, 0), (ALICE, 1), (BOB, 1), (ALICE, 2), (ALICE, 3)]
     assert asked == [f"{key} {number}" for key, number in in_turns]
@@ -549,7 +544,7 @@ async def test_a_key_of_a_background_request_is_another_owners_too(alice: Client
     assert answer.body["id"] != first["id"]
 
 
-async def test_a_run_carries_the_token_of_its_own_client(start_app: StartApp, backend: Backend, tmp_path: Path) -> None:
+async def test_a_run_carries_the_token_of_its_own_client(start_app: StartApp, backend: Backend) -> None:
     app = await passing(start_app, background={"workers": 1})
     backend.script(streamed("Hi"))
     for token in (TOKEN, OTHER_TOKEN):
@@ -563,18 +558,18 @@ async def test_a_run_carries_the_token_of_its_own_client(start_app: StartApp, ba
 @pytest.mark.parametrize(
     ("auth", "token"), [(PASSTHROUGH, TOKEN), (AUTH, ALICE)], ids=["token of passthrough", "key of keys"]
 )
-async def test_the_key_of_a_background_request_is_nowhere_in_the_files_or_the_log(
-    start_app: StartApp, backend: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture, auth: Json, token: str
+async def test_the_key_of_a_background_request_is_nowhere_in_the_store_or_the_log(
+    start_app: StartApp, backend: Backend, place: Place, caplog: pytest.LogCaptureFixture, auth: Json, token: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    app = await start_app(auth=auth, store={"path": str(tmp_path / "responses.db")})
+    app = await start_app(auth=auth)
     backend.script(streamed("Hi"), refused(401, "no"), Script([chunk(content="Hel")], end="silent"))
     client = Client(app, token)
     last = ""
     for _ in range(3):
         last = (await client.respond(background=True))["id"]
         await backend.received()
-        assert holding(token, tmp_path) == []
+        assert place.holding(token) == []
     await client.ask("POST", f"/v1/responses/{last}/cancel")
-    assert (holding(token, tmp_path), holding(hashlib.sha256(token.encode()).hexdigest(), tmp_path)) == ([], [])
+    assert (place.holding(token), place.holding(hashlib.sha256(token.encode()).hexdigest())) == ([], [])
     assert [record.msg for record in caplog.records if token in f"{record.getMessage()}{record.args}"] == []

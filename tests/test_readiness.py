@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sqlite3
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import App, StartApp, running_app, settings_of
 from scripted import Backend, refused
+from store_places import Place
 from test_proxy import asgi_call, lifespan_of
 from test_proxy import servers_handler as servers_handler  # a fixture
 
@@ -87,23 +86,18 @@ async def test_turns_are_tried_whether_it_is_ready_or_not(
         assert answer.status == 200
 
 
-async def test_a_store_that_another_process_has_locked_is_not_ready(start_app: StartApp, tmp_path: Path) -> None:
-    path = tmp_path / "r.db"
-    app = await start_app(store={"path": str(path), "busy_timeout_s": 0.01})
-    other = sqlite3.connect(path)
-    other.execute("BEGIN IMMEDIATE")
-    status, told = await readyz(app)
+async def test_a_store_that_another_process_has_locked_is_not_ready(start_app: StartApp, place: Place) -> None:
+    app = await start_app(store=place.hasty)
+    with place.locked():
+        status, told = await readyz(app)
     assert (status, told["store"]) == (503, "The store of responses is locked by another process.")
-    other.close()
     assert (await readyz(app))[0] == 200
 
 
-async def test_looking_leaves_nothing_in_the_store(start_app: StartApp, tmp_path: Path) -> None:
-    app = await start_app(store={"path": str(tmp_path / "r.db")})
+async def test_looking_leaves_nothing_in_the_store(start_app: StartApp, place: Place) -> None:
+    app = await start_app()
     assert (await readyz(app))[0] == 200
-    other = sqlite3.connect(tmp_path / "r.db")
-    names = [name for (name,) in other.execute("SELECT name FROM lease")]
-    other.close()
+    names = [name for (name,) in place.asked("SELECT name FROM lease")]
     assert [name for name in names if name.startswith("ready")] == []
 
 

@@ -6,43 +6,42 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from controlled import controlled
 from event_grammar import check, parse
 from scripted import DEADLINE_S, END, Backend, Script, call_delta, chunk, plain, refused, streamed, streamed_calls
+from store_places import MemoryPlace, Place
 from test_background import (
     HI,
     QUICK,
     RUN,
     STREAMED_RUN,
-    StartOnFile,
+    StartOnStore,
     cancelled,
     check_run,
     created,
     deleted,
     ended,
     events_of,
-    file,
     foreground,
     gated,
     in_status,
     joined,
-    on_file,
+    on_store,
     said,
     until,
 )
-from test_durability import in_file
 from test_proxy import Blocks, error_of, events_in, terminal_types
 
 from errors import StoreError
-from store import SQLiteStore, StoreSettings, open_store
+from run_verbs import RunStore
 from watching import Watcher
 
-__all__ = ["file", "on_file"]
+__all__ = ["on_store"]
+pytestmark = both_stores
 Json = dict[str, Any]
 CHILD: Json = {**HI, "input": "And?"}
 NUMBERS = range(-2, 20)
@@ -52,8 +51,8 @@ NUMBERS = range(-2, 20)
 
 
 @contextlib.asynccontextmanager
-async def stores(path: Path | str, count: int) -> AsyncIterator[list[SQLiteStore]]:
-    opened = [await open_store(StoreSettings(str(path))) for _ in range(count)]
+async def stores(place: MemoryPlace | Place, count: int) -> AsyncIterator[list[RunStore]]:
+    opened = [await place.open() for _ in range(count)]
     try:
         yield opened
     finally:
@@ -73,7 +72,7 @@ async def running(watcher: Watcher) -> AsyncIterator[Watcher]:
 
 @pytest.fixture
 async def watcher() -> AsyncIterator[Watcher]:
-    async with stores(":memory:", 1) as (store,):
+    async with stores(MemoryPlace(), 1) as (store,):
         yield Watcher(store)
 
 
@@ -114,8 +113,8 @@ async def test_who_has_stopped_watching_is_not_told(watcher: Watcher) -> None:
     watcher.tell("resp_1")
 
 
-async def test_what_another_connection_writes_is_seen(file: Path) -> None:
-    async with stores(file, 2) as (store, other), running(Watcher(store)) as watcher:
+async def test_what_another_connection_writes_is_seen(place: Place) -> None:
+    async with stores(place, 2) as (store, other), running(Watcher(store)) as watcher:
         async with asyncio.timeout(DEADLINE_S):
             await watcher.anything.changed()
             await other.secret("name")
@@ -123,11 +122,11 @@ async def test_what_another_connection_writes_is_seen(file: Path) -> None:
 
 
 async def test_a_store_that_cannot_be_read_is_looked_at_again(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = controlled("version", monkeypatch)
     version.failure = StoreError("The store of responses cannot be read or written.")
-    async with stores(file, 2) as (store, other), running(Watcher(store)) as watcher:
+    async with stores(place, 2) as (store, other), running(Watcher(store)) as watcher:
         await version.once_more("failed", 2)
         version.failure = None
         await other.secret("name")
@@ -136,10 +135,10 @@ async def test_a_store_that_cannot_be_read_is_looked_at_again(
 
 
 async def test_the_state_of_one_that_is_not_watched_is_not_asked_for(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = controlled("states", monkeypatch)
-    async with stores(file, 2) as (store, other), running(Watcher(store)) as watcher:
+    async with stores(place, 2) as (store, other), running(Watcher(store)) as watcher:
         await watcher.anything.changed(DEADLINE_S)
         await other.secret("name")
         assert await watcher.anything.changed(DEADLINE_S)
@@ -246,8 +245,8 @@ def deltas(blocks: list[str]) -> list[str]:
     return [block for block in blocks if block.startswith("event: response.output_text.delta")]
 
 
-async def test_many_readers_are_told_the_same(on_file: StartOnFile, backend: Backend) -> None:
-    apps = [await on_file(workers=workers) for workers in (0, 1)]
+async def test_many_readers_are_told_the_same(on_store: StartOnStore, backend: Backend) -> None:
+    apps = [await on_store(workers=workers) for workers in (0, 1)]
     script, goes_on = gated()
     backend.script(script)
     response_id = (await created(apps[0], STREAMED_RUN))["id"]
@@ -295,9 +294,9 @@ async def test_one_that_was_cancelled_before_it_began_has_its_whole_stream(start
 
 @pytest.mark.parametrize("how", [cancelled, deleted], ids=["cancelled", "deleted"])
 async def test_every_reader_of_one_that_is_stopped_gets_an_end(
-    on_file: StartOnFile, backend: Backend, how: Any
+    on_store: StartOnStore, backend: Backend, how: Any
 ) -> None:
-    apps = [await on_file(workers=workers) for workers in (0, 1)]
+    apps = [await on_store(workers=workers) for workers in (0, 1)]
     backend.script(gated()[0])
     response_id = (await created(apps[0], STREAMED_RUN))["id"]
     async with contextlib.AsyncExitStack() as stack:
@@ -355,11 +354,11 @@ async def test_a_reader_survives_a_store_that_cannot_be_read(
 
 
 async def test_an_answer_of_many_batches_is_read_whole(
-    on_file: StartOnFile, backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch
+    on_store: StartOnStore, backend: Backend, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More rows than one read of the log gives."""
     monkeypatch.setattr("event_log.FLUSH_EVERY_S", 0.001)
-    app = await on_file()
+    app = await on_store()
     gates = [asyncio.Event() for _ in range(140)]
     backend.script(steps(gates))
     async with app.post(STREAMED_RUN) as answer:
@@ -373,7 +372,7 @@ async def test_an_answer_of_many_batches_is_read_whole(
         rest = await blocks.rest()
     whole = joined([block for block in seen if block], rest)
     response_id = check_run(events_in(whole))["id"]
-    assert in_file(file, "SELECT count(*) FROM event")[0][0] > 128
+    assert place.asked("SELECT count(*) FROM event")[0][0] > 128
     for number in (-1, 0, 63, 64, 65, 127, 128, 140):
         assert await rest_of(app, response_id, number) == behind(number, whole)
 
@@ -425,8 +424,10 @@ async def test_a_deleted_one_is_a_404(app: App, backend: Backend) -> None:
         await error_of(answer, 404)
 
 
-async def test_a_log_is_forgotten_and_its_response_is_not(on_file: StartOnFile, backend: Backend, file: Path) -> None:
-    app = await on_file(background={"stream_retention_s": 0.2})
+async def test_a_log_is_forgotten_and_its_response_is_not(
+    on_store: StartOnStore, backend: Backend, place: Place
+) -> None:
+    app = await on_store(background={"stream_retention_s": 0.2})
     backend.script(streamed("Hel", "lo"))
     response = (await events_of(app))[-1]["response"]
 
@@ -439,7 +440,7 @@ async def test_a_log_is_forgotten_and_its_response_is_not(on_file: StartOnFile, 
         error = await error_of(answer, 400)
     assert (error["message"], error["param"]) == (GONE, "stream")
     assert await ended(app, response["id"]) == response
-    assert in_file(file, "SELECT count(*) FROM event") == [(0,)]
+    assert place.asked("SELECT count(*) FROM event") == [(0,)]
 
 
 @pytest.mark.parametrize("query", ["starting_after=x", "starting_after=1.5", "starting_after=", "nonsense=1"])

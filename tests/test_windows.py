@@ -29,7 +29,7 @@ from compacting import (
     turn,
     user,
 )
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from scripted import Script, refused
 from test_owners import ALICE, AUTH, BOB, Client
 
@@ -61,6 +61,7 @@ def without_ids(items: list[Json]) -> list[Json]:
 COMPACTION: Json = {"type": "compaction"}
 
 
+@both_stores
 @pytest.mark.parametrize("form", ["input", "chain", "both"])
 async def test_user_messages_and_one_item_are_what_is_left(app: App, backend: Talker, form: str) -> None:
     body: Json = {"input": WINDOW}
@@ -114,6 +115,7 @@ async def test_system_messages_are_in_the_item(app: App, backend: Talker) -> Non
     assert backend.turns[-1].body["messages"][0] == {"role": "system", "content": "Be nice."}
 
 
+@both_stores
 async def test_a_call_that_waits_can_be_answered_after_it(app: App, backend: Talker) -> None:
     backend.answer = lambda body: said(body) if body["messages"][-1]["role"] == "tool" else called(body, "call_7")
     parent = await turn(app, "plain", "FACT 1: red", tools=TOOLS)
@@ -126,6 +128,7 @@ async def test_a_call_that_waits_can_be_answered_after_it(app: App, backend: Tal
     assert "FACT 1: red" in record["content"]
 
 
+@both_stores
 async def test_an_open_parent_is_a_409_and_waits_for_nothing(app: App, backend: Talker) -> None:
     backend.answer, goes_on = held(said)
     parent = await app.openai.responses.create(model="m", input="Hi", background=True)
@@ -158,6 +161,7 @@ async def test_what_cannot_be_compacted_is_a_400_that_names_it(
     assert ((await compacted(app, body, 400))["param"], backend.requests) == (param, [])
 
 
+@both_stores
 async def test_nothing_of_it_is_kept(app: App) -> None:
     parent = await chain(app)
     told = await compacted(app, {"previous_response_id": parent["id"]})
@@ -233,6 +237,7 @@ async def test_a_spoilt_item_is_a_400_in_every_mode(app: App, options: Json) -> 
     assert error["code"] == "invalid_compaction_item"
 
 
+@both_stores
 async def test_an_item_that_is_added_to_a_conversation_is_looked_at(app: App, backend: Talker) -> None:
     item = (await compacted(app, {"input": [user("Hi"), assistant("FACT 2: blue")]}))["output"][-1]
     conversation = await app.openai.conversations.create()
@@ -254,6 +259,7 @@ async def test_another_owners_item_is_a_400(start_app: StartApp, path: str) -> N
     assert (answer.status, answer.body["error"]["code"]) == (400, "invalid_compaction_item")
 
 
+@both_stores
 @pytest.mark.parametrize("form", ["chain", "conversation"])
 async def test_an_item_without_its_id_can_be_continued(app: App, backend: Talker, form: str) -> None:
     item = (await turn(app, "plain", [*WINDOW, TRIGGER], store=False))["output"][0]
@@ -296,6 +302,7 @@ MORE: dict[str, Json] = {
 PNG = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
 
 
+@both_stores
 @pytest.mark.parametrize("form", ["input", "chain", "conversation"])
 @pytest.mark.parametrize("more", MORE)
 async def test_what_comes_beside_the_input_counts(app: App, form: str, more: str) -> None:
@@ -315,6 +322,7 @@ async def test_an_image_counts_whatever_its_bytes(app: App) -> None:
     assert await counted(app, input=[{"role": "user", "content": [PNG]}]) > bare + 100
 
 
+@both_stores
 async def test_a_long_chain_counts_as_the_backend_counted_it(app: App, backend: Talker) -> None:
     parent = await chain(app, 3)
     count = await counted(app, input="Hi", previous_response_id=parent["id"])
@@ -322,6 +330,7 @@ async def test_a_long_chain_counts_as_the_backend_counted_it(app: App, backend: 
     assert count == pytest.approx(tokens_of(backend.turns[-1].body["messages"]), rel=0.02)
 
 
+@both_stores
 async def test_what_was_compacted_counts_no_more(low: App, backend: Talker) -> None:
     parent = await chain(low, 2)
     count = await counted(low, input="Hi", previous_response_id=parent["id"])
@@ -329,6 +338,7 @@ async def test_what_was_compacted_counts_no_more(low: App, backend: Talker) -> N
     assert count == pytest.approx(tokens_of(backend.turns[-1].body["messages"]), rel=0.1)
 
 
+@both_stores
 async def test_counting_keeps_nothing_and_waits_for_no_turn(app: App, backend: Talker) -> None:
     conversation = await app.openai.conversations.create()
     backend.answer, goes_on = held(said)
@@ -350,6 +360,7 @@ EXACT = {
 each_dialect = pytest.mark.parametrize("dialect", EXACT)
 
 
+@both_stores
 @each_dialect
 async def test_a_backends_tokenizer_counts_exactly(start_app: StartApp, backend: Talker, dialect: str) -> None:
     path, count = EXACT[dialect]

@@ -8,12 +8,13 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseIncompleteEvent, ResponseQueuedEvent
 from scripted import DEADLINE_S, END, Backend, Script, call_delta, chunk, plain, refused, streamed, streamed_calls
 from sdk import EVENT_CLASS_OF, assert_response, forbidden_nulls, types_of
 
+pytestmark = both_stores
 Json = dict[str, Any]
 WEATHER: Any = {
     "type": "function",

@@ -42,15 +42,16 @@ from compacting import (
     user,
     without_compacting,
 )
-from conftest import App, StartApp, running_app, settings_of
+from conftest import App, StartApp, at, both_stores, running_app, settings_of
 from event_grammar import check
 from openai.types.responses import ResponseCompactionCompactingEvent, ResponseCompactionItem
 from scripted import Script
 from sdk import events_of, types_of
-from test_background import check_run, on_file
+from store_places import Place
+from test_background import check_run, on_store
 from test_proxy import Blocks, events_in
 
-__all__ = ["app", "backend", "low", "on_file"]
+__all__ = ["app", "backend", "low", "on_store"]
 Json = dict[str, Any]
 
 # -- long conversations ------------------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ ASKED: Any = [{"type": "compaction", "compact_threshold": THRESHOLD}]
 CONFIGURED = {"threshold_tokens": THRESHOLD}
 
 
+@both_stores
 @pytest.mark.parametrize(
     ("form", "settings", "options"),
     [
@@ -160,6 +162,7 @@ async def test_a_custom_prompt_and_model_write_the_record(start_app: StartApp, b
     assert "FACT 1: red" in texts_of(backend.turns[-1].body)
 
 
+@both_stores
 async def test_calls_stay_with_their_outputs(low: App, backend: Talker) -> None:
     """In every prompt, wherever it was cut; and what a tool told is in the record."""
     long_call = json.dumps({"where": FILLER * 4})
@@ -192,6 +195,7 @@ COMPACTED_TYPES = [
 ]
 
 
+@both_stores
 @each_mode
 async def test_the_item_comes_first_in_the_output(low: App, mode: str) -> None:
     parent = await chain(low)
@@ -203,6 +207,7 @@ async def test_the_item_comes_first_in_the_output(low: App, mode: str) -> None:
     assert (await low.openai.responses.retrieve(response["id"])).to_dict() == response
 
 
+@both_stores
 async def test_the_item_comes_first_in_the_stream(low: App) -> None:
     parent = await chain(low)
     events = await events_of(low.openai, input=LONG, previous_response_id=parent["id"])
@@ -223,6 +228,7 @@ async def replayed(app: App, response_id: str) -> list[Json]:
         return events_in(await Blocks(answer).rest())
 
 
+@both_stores
 async def test_the_stream_in_background_is_valid_and_can_be_read_again(low: App) -> None:
     parent = await chain(low)
     events = await background_events(low, input=LONG, previous_response_id=parent["id"])
@@ -231,6 +237,7 @@ async def test_the_stream_in_background_is_valid_and_can_be_read_again(low: App)
     assert await replayed(low, response["id"]) == events
 
 
+@both_stores
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 async def test_an_idempotent_request_is_answered_with_the_same_item_again(
     low: App, backend: Talker, stream: bool
@@ -245,6 +252,7 @@ async def test_an_idempotent_request_is_answered_with_the_same_item_again(
     assert len(backend.records) == 1
 
 
+@both_stores
 async def test_the_item_is_the_same_wherever_it_is_shown(low: App) -> None:
     parent = await chain(low)
     events = await background_events(low, input=LONG, previous_response_id=parent["id"])
@@ -258,6 +266,7 @@ async def test_the_item_is_the_same_wherever_it_is_shown(low: App) -> None:
 SECRET = "The record says: dromedary."
 
 
+@both_stores
 @each_mode
 async def test_the_record_is_nowhere_in_clear(
     low: App, backend: Talker, caplog: pytest.LogCaptureFixture, mode: str
@@ -272,6 +281,7 @@ async def test_the_record_is_nowhere_in_clear(
     assert "dromedary" not in json.dumps(seen) + caplog.text
 
 
+@both_stores
 @each_mode
 async def test_what_the_record_took_is_in_the_usage(low: App, backend: Talker, mode: str) -> None:
     parent = await chain(low)
@@ -281,6 +291,7 @@ async def test_what_the_record_took_is_in_the_usage(low: App, backend: Talker, m
     assert [usage[key] for key in ("input_tokens", "output_tokens", "total_tokens")] == [sent, made, sent + made]
 
 
+@both_stores
 async def test_the_usage_with_a_record_does_not_make_the_next_turn_compact(low: App, backend: Talker) -> None:
     response = await turn(low, "plain", LONG, previous_response_id=(await chain(low))["id"])
     assert response["usage"]["total_tokens"] > 2 * LOW["threshold_tokens"]
@@ -288,6 +299,7 @@ async def test_the_usage_with_a_record_does_not_make_the_next_turn_compact(low: 
     assert kinds(child["output"]) == ["message"]
 
 
+@both_stores
 async def test_metadata_and_parameters_are_the_clients(low: App, backend: Talker) -> None:
     own: Any = {"metadata": {"a": "b"}, "temperature": 0.3, "instructions": "Be brief."}
     response = await turn(low, "plain", LONG, previous_response_id=(await chain(low))["id"], **own)
@@ -297,6 +309,7 @@ async def test_metadata_and_parameters_are_the_clients(low: App, backend: Talker
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+@both_stores
 async def test_input_items_begin_behind_the_item_and_do_not_show_it(low: App) -> None:
     response = await turn(low, "plain", LONG, previous_response_id=(await chain(low))["id"])
     child = await turn(low, "plain", "Go on.", previous_response_id=response["id"])
@@ -307,8 +320,8 @@ async def test_input_items_begin_behind_the_item_and_do_not_show_it(low: App) ->
     assert shown == [["user", "assistant", "user"], ["assistant", "user"]]
 
 
-async def test_a_run_that_is_carried_out_twice_has_one_item(backend: Talker, tmp_path: Path) -> None:
-    settings = settings_of(backend.url, compaction=LOW, store={"path": str(tmp_path / "responses.db")})
+async def test_a_run_that_is_carried_out_twice_has_one_item(backend: Talker, place: Place) -> None:
+    settings = settings_of(backend.url, **at(place, {"compaction": LOW}))
     async with running_app(settings) as first:
         parent = await chain(first)
         backend.answer, goes_on = held(said)
@@ -335,6 +348,7 @@ async def test_a_run_that_is_carried_out_twice_has_one_item(backend: Talker, tmp
 EARLIER = [user("FACT 1: red"), assistant("FACT 2: blue")]
 
 
+@both_stores
 @each_mode
 @pytest.mark.parametrize("form", ["chain", "conversation", "stateless"])
 async def test_a_trigger_gives_the_item_and_the_next_turn_goes_on_from_it(
@@ -408,6 +422,7 @@ async def test_what_codex_sends_around_a_compaction_goes_through(app: App, backe
 # -- /responses/compact ------------------------------------------------------------------------------------------------
 
 
+@both_stores
 async def test_a_compacted_window_parses_and_begins_a_new_chain(app: App, backend: Talker) -> None:
     compacted = await app.openai.responses.compact(model="m", input=EARLIER)  # type: ignore[arg-type]
     assert (compacted.object, [item.type for item in compacted.output]) == (

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import openai
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, both_stores
 from openai import AsyncOpenAI
 from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItem
 from openai.types.responses import Response, ResponseItem
@@ -32,6 +32,7 @@ from sdk import assert_response, events_of, forbidden_nulls
 from auth import new_key
 from dialects import DIALECTS
 
+pytestmark = both_stores
 Json = dict[str, Any]
 
 WEATHER: Any = {

@@ -1,7 +1,7 @@
 """What fault tests and `bench/campaign.py` share: a backend that remembers, proxies that are killed, and a campaign.
 
 The backend's answer is made of everything it was sent, so that wrong content and a missing parent can be told. Proxies
-are real processes on one file. A campaign is many background runs under clients that never give up, while processes
+are real processes on one store. A campaign is many background runs under clients that never give up, while processes
 are killed; its report counts what must not happen.
 """
 
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import sys
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -263,8 +262,6 @@ LISTENING = re.compile(r"running on (http://\S+)")
 CONFIG = """[server]
 keepalive_s = 2.0
 shutdown_grace_s = {shutdown_grace_s}
-[store]
-busy_timeout_s = {busy_timeout_s}
 [background]
 workers = {workers}
 lease_s = {lease_s}
@@ -283,7 +280,6 @@ class Knobs:
     lease_s: float = 1.0
     max_attempts: int = 1000
     shutdown_grace_s: float = 10.0
-    busy_timeout_s: float = 5.0
 
 
 class Proxy:
@@ -363,19 +359,31 @@ class Proxy:
             await self.ended()
 
 
-class Fleet:
-    """Proxies on one file in front of one backend, and clients of them."""
+class Shared(Protocol):
+    """Where the store of a fleet is; the places of `store_places` are such."""
 
-    def __init__(self, backend: Backend, folder: Path, http: aiohttp.ClientSession) -> None:
+    @property
+    def environ(self) -> dict[str, str]:
+        """What names it to a proxy."""
+
+    def asked(self, query: str, *values: Any) -> list[Any]:
+        """What a statement gives or does there."""
+
+
+class Fleet:
+    """Proxies on one store in front of one backend, and clients of them."""
+
+    def __init__(self, backend: Backend, place: Shared, folder: Path, http: aiohttp.ClientSession) -> None:
         self.backend = backend
-        self.file = folder / "responses.db"
+        self.place = place
         self.http = http
         self.proxies: list[Proxy] = []
         self._folder = folder
 
-    async def start(self, knobs: Knobs = Knobs()) -> Proxy:
-        proxy = Proxy("proxy.py", "--config", self.config(knobs), "--port", "0", "--store", str(self.file))
-        return await self.started(proxy)
+    async def start(self, knobs: Knobs = Knobs(), **environ: str) -> Proxy:
+        """`environ` goes before what names the store."""
+        arguments = ("proxy.py", "--config", self.config(knobs), "--port", "0")
+        return await self.started(Proxy(*arguments, **{**self.place.environ, **environ}))
 
     async def started(self, proxy: Proxy) -> Proxy:
         self.proxies.append(proxy)
@@ -440,14 +448,15 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def running_fleet(folder: Path, pace_of: Callable[[str], Pace]) -> AsyncIterator[Fleet]:
+async def running_fleet(place: Shared, folder: Path, pace_of: Callable[[str], Pace]) -> AsyncIterator[Fleet]:
+    """`folder`: for settings files."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
     connector = aiohttp.TCPConnector(limit=0)
     async with (
         Backend(pace_of).running() as backend,
         aiohttp.ClientSession(timeout=timeout, connector=connector) as http,
     ):
-        fleet = Fleet(backend, folder, http)
+        fleet = Fleet(backend, place, folder, http)
         try:
             yield fleet
         finally:
@@ -630,8 +639,7 @@ class Campaign:
             await victim.kill()
             self.report.kills += 1
             if self._plan.is_impatient:
-                with contextlib.closing(sqlite3.connect(self._fleet.file, isolation_level=None)) as db:
-                    db.execute("UPDATE lease SET until_at = 0")
+                self._fleet.place.asked("UPDATE lease SET until_at = 0")
             await victim.start()
         self._allow(share + rest)
 
@@ -799,21 +807,20 @@ class Campaign:
 
     async def _count_rows(self) -> None:
         """A create that was sent again has made one response, and not two."""
-        with contextlib.closing(sqlite3.connect(self._fleet.file, isolation_level=None)) as db:
-            ids = {response_id for (response_id,) in db.execute("SELECT id FROM turn")}
-            (runs,) = db.execute("SELECT count(*) FROM run").fetchone()
+        ids = {response_id for (response_id,) in self._fleet.place.asked("SELECT id FROM turn")}
+        ((runs,),) = self._fleet.place.asked("SELECT count(*) FROM run")
         for extra in ids - {known.response_id for known in self._known}:
             self.report.fault("twice", f"{extra} was acknowledged to nobody")
         if runs:
             self.report.fault("stuck", f"{runs} rows are left in the queue")
 
 
-async def campaign(plan: Plan, folder: Path) -> Report:
-    """Runs it in a folder of its own."""
+async def campaign(plan: Plan, place: Shared, folder: Path) -> Report:
+    """Runs it on a new store, with a folder of its own."""
 
     def pace_of(prompt: str) -> Pace:
         drawn = Random(f"{plan.seed} {prompt}")
         return Pace(drawn.uniform(0, 0.1), drawn.uniform(0.005, 0.03))
 
-    async with running_fleet(folder, pace_of) as fleet:
+    async with running_fleet(place, folder, pace_of) as fleet:
         return await Campaign(fleet, plan).run()

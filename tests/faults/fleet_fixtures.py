@@ -1,4 +1,4 @@
-"""Proxies on one file, for tests that name this plugin; their prompts say where a generation stands still."""
+"""Proxies on one store, for tests that name this plugin; their prompts say where a generation stands still."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from campaign_harness import Fleet, Pace, running_fleet
+from store_places import Place
 
 HELD = re.compile(r"held at ([-\d, ]+):")
 
@@ -19,6 +20,6 @@ def pace_of(prompt: str) -> Pace:
 
 
 @pytest.fixture
-async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with running_fleet(tmp_path, pace_of) as fleet:
+async def fleet(place: Place, tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with running_fleet(place, tmp_path, pace_of) as fleet:
         yield fleet

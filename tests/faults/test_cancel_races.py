@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -127,8 +125,7 @@ class Track:
         return [each for each in self.fleet.backend.of(race.prompt) if each.is_open]
 
     def queue_is_empty(self) -> bool:
-        with closing(sqlite3.connect(self.fleet.file, isolation_level=None)) as db:
-            return bool(db.execute("SELECT count(*) FROM run").fetchone() == (0,))
+        return self.fleet.place.asked("SELECT count(*) FROM run") == [(0,)]
 
 
 def json_of(line: bytes) -> Json:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 from campaign_harness import (
@@ -24,6 +21,7 @@ from campaign_harness import (
     until,
 )
 from held_runs import begun_streams
+from store_places import Place, environ_of
 
 pytest_plugins = ["fleet_fixtures"]
 
@@ -82,30 +80,16 @@ Block = Callable[[Proxy], AbstractContextManager[None]]
 
 
 @pytest.fixture(params=["full", "locked"])
-def blocked(request: pytest.FixtureRequest, fleet: Fleet) -> Block:
+def blocked(request: pytest.FixtureRequest, place: Place) -> Block:
     """Keeps a process from writing its store for a while: `with blocked(process): ...`."""
-
-    @contextlib.contextmanager
-    def full(process: Proxy) -> Iterator[None]:
-        """No file of the process may become larger than the log of the store is."""
-        log_bytes = fleet.file.with_name(f"{fleet.file.name}-wal").stat().st_size
-        _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (log_bytes, hard))
-        yield
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-
-    @contextlib.contextmanager
-    def locked(process: Proxy) -> Iterator[None]:
-        with closing(sqlite3.connect(fleet.file, isolation_level=None)) as db:
-            db.execute("BEGIN EXCLUSIVE")
-            yield
-            db.execute("ROLLBACK")
-
-    return {"full": full, "locked": locked}[request.param]
+    return lambda process: place.full(process.pid) if request.param == "full" else place.locked()
 
 
-IMPATIENT = Knobs(lease_s=0.5, busy_timeout_s=0.1)
+async def started(fleet: Fleet, place: Place) -> Proxy:
+    """A process that hardly waits for a store that is locked."""
+    return await fleet.start(Knobs(lease_s=0.5), **environ_of({"store": place.hasty}))
+
+
 # What the process says each time when an answer could not be saved.
 TRIES = "tried again in"
 
@@ -115,8 +99,10 @@ async def tried_in_vain(process: Proxy, times: int) -> None:
     await until(lambda: process.said().count(TRIES) >= before + times, "saves in vain")
 
 
-async def test_an_answer_that_cannot_be_saved_is_saved_when_there_is_room(fleet: Fleet, blocked: Block) -> None:
-    process = await fleet.start(IMPATIENT)
+async def test_an_answer_that_cannot_be_saved_is_saved_when_there_is_room(
+    fleet: Fleet, place: Place, blocked: Block
+) -> None:
+    process = await started(fleet, place)
     created = await fleet.create(process, LATE)
     child = await fleet.create(process, "child", previous_response_id=created["id"])
     await fleet.backend.begun(LATE, sent=PIECES)
@@ -132,8 +118,8 @@ async def test_an_answer_that_cannot_be_saved_is_saved_when_there_is_room(fleet:
     assert "Traceback" not in process.said()
 
 
-async def test_a_reader_is_told_the_end_when_it_could_be_saved(fleet: Fleet, blocked: Block) -> None:
-    process = await fleet.start(IMPATIENT)
+async def test_a_reader_is_told_the_end_when_it_could_be_saved(fleet: Fleet, place: Place, blocked: Block) -> None:
+    process = await started(fleet, place)
     body = request_of(LATE, stream=True)
     reading = Reading()
     async with fleet.http.post(f"{process.url}/v1/responses", json=body) as answer:
@@ -149,8 +135,10 @@ async def test_a_reader_is_told_the_end_when_it_could_be_saved(fleet: Fleet, blo
     assert reading.final["status"] == "completed"
 
 
-async def test_an_answer_that_could_not_be_saved_before_the_kill_is_made_again(fleet: Fleet, blocked: Block) -> None:
-    process = await fleet.start(IMPATIENT)
+async def test_an_answer_that_could_not_be_saved_before_the_kill_is_made_again(
+    fleet: Fleet, place: Place, blocked: Block
+) -> None:
+    process = await started(fleet, place)
     created = await fleet.create(process, LATE)
     await fleet.backend.begun(LATE, sent=PIECES)
     with blocked(process):

@@ -147,7 +147,7 @@ async def test_a_second_sigterm_ends_a_process_whose_foreground_turn_hangs(fleet
 
 
 async def start_workers(fleet: Fleet, knobs: Knobs) -> Proxy:
-    environ = {"RESPONSES_PROXY_CONFIG": fleet.config(knobs), "RESPONSES_PROXY_STORE__PATH": str(fleet.file)}
+    environ = {"RESPONSES_PROXY_CONFIG": fleet.config(knobs), **fleet.place.environ}
     arguments = ("-m", "uvicorn", "--workers", "4", "--timeout-graceful-shutdown", "10", "--port", "0", "proxy:app")
     proxy = await fleet.started(Proxy(*arguments, **environ))
     await until(lambda: proxy.said().count("startup complete") == 4, "four workers")
@@ -177,7 +177,7 @@ async def ended_over_a_connection_of_its_own(fleet: Fleet, proxy: Proxy, number:
     assert text_of(finished) == answer_to(asked(f"child {number}", answered(asked(prompt))))
 
 
-async def test_four_workers_share_one_file(fleet: Fleet) -> None:
+async def test_four_workers_share_one_store(fleet: Fleet) -> None:
     proxy = await start_workers(fleet, Knobs(workers=4))
     async with asyncio.TaskGroup() as group:
         for number in range(RUNS):

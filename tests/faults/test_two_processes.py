@@ -1,4 +1,4 @@
-"""Two processes on one file: what one began, the other sees, cancels and finishes."""
+"""Two processes on one store: what one began, the other sees, cancels and finishes."""
 
 from __future__ import annotations
 

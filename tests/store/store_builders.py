@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, Literal
 
 import msgspec
-from store_places import FilePlace, PostgresPlace
+from store_places import FilePlace, Place
 
 from verbs import Conversation, ItemIds, KeptResponse, Listed, NewItem, NewTurn, Page, Store, Window
 
@@ -25,7 +25,6 @@ DEADLINE_S = 50.0
 ALL_ASC, ALL_DESC = Page(limit=1000, order="asc"), Page(limit=1000)
 TABLES = ("turn", "item", "item_id", "thread", "settings")
 
-Place = FilePlace | PostgresPlace
 OpenStore = Callable[..., Awaitable[Store]]
 GiveItems = Callable[[Page], Awaitable[Listed[bytes] | None]]
 

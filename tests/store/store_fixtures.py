@@ -7,7 +7,7 @@ above, and two modules of one name are not to be had.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,6 @@ OPEN: dict[str, Callable[[Path], Awaitable[Store]]] = {
 @pytest.fixture
 def store_path(tmp_path: Path) -> Path:
     return tmp_path / "responses.db"
-
-
-@pytest.fixture(params=["file", "postgres"])
-def place(request: pytest.FixtureRequest, store_path: Path) -> Iterator[Place]:
-    """Where a store is that several may share: a file, or an empty database."""
-    place = FilePlace(store_path) if request.param == "file" else PostgresPlace()
-    yield place
-    place.close()
 
 
 @pytest.fixture(params=sorted(OPEN))

@@ -28,13 +28,8 @@ from settings import SettingsError
 from store import SQLiteStore, StoreSettings, shown
 from store_postgres import PostgresStore, open_store
 
+pytestmark = pytest.mark.stores("postgres")
 KEY = base64.b64encode(b"k" * 32).decode()
-
-
-@pytest.fixture
-def place() -> Iterator[PostgresPlace]:
-    with closing(PostgresPlace()) as place:
-        yield place
 
 
 @pytest.fixture
