@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from conftest import App, StartApp, running_app, settings_of
 from postgres_pooler import pooled
+from scripted import END, Backend, Script, chunk, plain, streamed
 from store_builders import DEADLINE_S
 from store_places import PostgresPlace
-from test_postgres_store import empty, made, place
+from test_background import (
+    RUN,
+    STREAMED_RUN,
+    cancelled,
+    created,
+    ended,
+    foreground,
+    gated,
+    in_status,
+    until,
+)
+from test_postgres_store import KEY, empty, made, place
+from test_proxy import Blocks, events_in
 
 import postgres_news
 from errors import StoreError
-from postgres_news import WORDS_AT_ONCE
+from postgres_news import WORDS_AT_ONCE, News
 from run_verbs import QUEUE, RunStore
 
 __all__ = ["empty", "made", "place"]
@@ -253,3 +268,127 @@ async def test_one_that_was_told_to_listen_through_a_pooler_notices(
 async def test_what_a_pooler_refuses_is_told(place: PostgresPlace, pool: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="pooler before it refuses how this connection begins"):
         await place.open(path=pool["path"])
+
+
+# -- programs that are told --------------------------------------------------------------------------------------------
+
+NEVER_S = 3600.0
+StartHearing = Callable[..., Awaitable[App]]
+
+
+@pytest.fixture
+def start_hearing(start_app: StartApp, place: PostgresPlace, monkeypatch: pytest.MonkeyPatch) -> StartHearing:
+    """Starts a program that sees nothing of what others write but what it hears."""
+    known: list[News] = []
+
+    class Known(News):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            known.append(self)
+
+    async def start(**background: Any) -> App:
+        settings = {"lease_s": NEVER_S, **background}
+        app = await start_app(store={"path": place.url}, sealing={"keys": (KEY,)}, background=settings)
+
+        async def hears() -> bool:
+            return known[-1].are_heard
+
+        await until(hears)
+        return app
+
+    monkeypatch.setattr("store_postgres.News", Known)
+    monkeypatch.setattr("watching.PACES_S", {False: (0.01, 0.0), True: (NEVER_S, 0.0)})
+    for room in ("background", "event_log", "past"):
+        monkeypatch.setattr(f"{room}.LOOK_AGAIN_S", NEVER_S)
+    return start
+
+
+async def test_a_run_that_a_program_leaves_to_others_is_begun_by_one_that_hears_of_it(
+    start_hearing: StartHearing, backend: Backend
+) -> None:
+    full, other = await start_hearing(workers=1), await start_hearing()
+    backend.script(gated()[0], streamed("Hi"))
+    first = await created(full)
+    await backend.received()
+    second = await created(full)
+    assert (await ended(full, second["id"]))["status"] == "completed"
+    assert (await cancelled(other, first["id"]))["status"] == "cancelled"
+
+
+async def test_children_that_become_ready_are_carried_out_by_all(start_hearing: StartHearing, backend: Backend) -> None:
+    script, goes_on = gated()
+    first, second = await start_hearing(workers=1), await start_hearing(workers=0)
+    backend.script(script, gated()[0], streamed("Hi"))
+    parent = (await created(first))["id"]
+    await backend.received()
+    children = [(await created(second, {**RUN, "previous_response_id": parent}))["id"] for _ in range(2)]
+    third = await start_hearing(workers=1)
+    goes_on.set()
+    assert (await ended(third, parent))["status"] == "completed"
+    assert (await ended(second, children[1]))["status"] == "completed"
+
+
+async def test_a_cancel_through_another_program_ends_the_call_of_the_backend(
+    start_hearing: StartHearing, backend: Backend
+) -> None:
+    maker, other = await start_hearing(), await start_hearing(workers=0)
+    backend.script(Script((chunk(content="Hel"),), end="silent"))
+    response = await created(maker)
+    request = await backend.received()
+    assert (await cancelled(other, response["id"]))["status"] == "cancelled"
+    assert await request.is_let_go()
+
+
+async def test_a_reader_at_another_program_is_told_each_piece(start_hearing: StartHearing, backend: Backend) -> None:
+    maker, other = await start_hearing(), await start_hearing(workers=0)
+    gates = [asyncio.Event() for _ in range(5)]
+    backend.script(Script([*(step for gate in gates for step in (chunk(content="x "), gate)), *END]))
+    async with maker.post(STREAMED_RUN) as answer:
+        block = await Blocks(answer).next()
+        response_id = json.loads(block.partition("data: ")[2])["response"]["id"]
+        async with other.http.get(f"{other.url}/v1/responses/{response_id}?stream=true") as tail:
+            blocks = Blocks(tail)
+            for gate in gates:
+                await blocks.until("event: response.output_text.delta")
+                gate.set()
+            assert events_in(await blocks.rest())[-1]["type"] == "response.completed"
+
+
+async def test_a_turn_that_waits_for_a_run_of_another_program_goes_on_at_its_end(
+    start_hearing: StartHearing, backend: Backend
+) -> None:
+    maker, other = await start_hearing(), await start_hearing(workers=0)
+    script, goes_on = gated()
+    backend.script(script, plain("Two."))
+    parent = (await created(maker))["id"]
+    await backend.received()
+    child = asyncio.create_task(foreground(other, previous_response_id=parent))
+    for _ in range(3):
+        await in_status(other, parent, "in_progress")
+    goes_on.set()
+    assert (await child)["status"] == "completed"
+
+
+async def test_what_a_program_gives_back_at_its_end_is_begun_by_another(
+    start_hearing: StartHearing, backend: Backend, place: PostgresPlace
+) -> None:
+    async with running_app(settings_of(backend.url, store={"path": place.url}, sealing={"keys": (KEY,)})) as maker:
+        backend.script(gated()[0], streamed("Hi"))
+        response_id = (await created(maker))["id"]
+        await backend.received()
+        other = await start_hearing()
+    assert (await ended(other, response_id))["status"] == "completed"
+
+
+async def test_behind_a_pooler_a_cancel_through_another_program_is_seen(
+    pool: dict[str, Any], start_app: StartApp, backend: Backend
+) -> None:
+    maker, other = [
+        await start_app(store=pool, sealing={"keys": (KEY,)}, background={"workers": workers}) for workers in (2, 0)
+    ]
+    backend.script(Script((chunk(content="Hel"),), end="silent"), streamed("Hi"))
+    response = await created(maker)
+    request = await backend.received()
+    assert (await cancelled(other, response["id"]))["status"] == "cancelled"
+    assert await request.is_let_go()
+    assert (await ended(maker, (await created(other))["id"]))["status"] == "completed"
