@@ -30,6 +30,7 @@ LAST_WORDS_S = 1.0
 # How soon a connection that listens has to hear what this process tells itself.
 ECHO_WITHIN_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+NOBODY = "-"
 
 # After a table, so that each schema has a channel of its own.
 CHANNEL = "'responses_proxy_' || 'run'::regclass::oid"
@@ -51,8 +52,8 @@ class News:
         self._has_words = asyncio.Event()
         self._connection: asyncpg.Connection | None = None
         self._asking = asyncio.Lock()
-        # How this process signs what it tells.
-        self._name = ""
+        # How this process signs what it tells: it hears itself, too.
+        self._name = NOBODY
         self._echo = asyncio.Event()
         self._is_deaf = False
 
@@ -123,14 +124,14 @@ class News:
             try:
                 async with self._listening(tell) as lost:
                     pause_s = FIRST_PAUSE_S
-                    self._say_that_it_hears()
+                    self._note(None)
                     await lost.wait()
                 reason = "The database has lost its connection."
             except StoreError as error:
                 reason = error.message
             except (*FAILURES, ValueError) as error:
                 reason = store_error(error, "The database").message
-            self._say_that_it_does_not(reason)
+            self._note(reason)
             tell(None)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -146,7 +147,7 @@ class News:
             tell(None)
             yield lost
         finally:
-            self._connection, self._name = None, ""
+            self._connection, self._name = None, NOBODY
             with contextlib.suppress(*FAILURES):
                 await connection.close(timeout=LAST_WORDS_S)
 
@@ -168,18 +169,15 @@ class News:
             raise StoreError("The connection that listens does not hear what is told.") from None
 
     def _heard(self, tell: Tell, payload: str) -> None:
-        name, *words = payload.split(" ")
+        name, *words = payload.split()
         if name == self._name:
             self._echo.set()
-        else:
+        elif words:
             tell(frozenset(words))
 
-    def _say_that_it_hears(self) -> None:
-        if self._is_deaf:
+    def _note(self, why_it_is_deaf: str | None) -> None:
+        if why_it_is_deaf and not self._is_deaf:
+            log.warning("changes of other processes are not heard, and looked for instead: %s", why_it_is_deaf)
+        if self._is_deaf and not why_it_is_deaf:
             log.info("changes of other processes are heard again")
-        self._is_deaf = False
-
-    def _say_that_it_does_not(self, reason: str) -> None:
-        if not self._is_deaf:
-            log.warning("changes of other processes are not heard, and looked for instead: %s", reason)
-        self._is_deaf = True
+        self._is_deaf = bool(why_it_is_deaf)
