@@ -22,6 +22,7 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.ReadOnlySQLTransactionError, "may not be written"),
     (asyncpg.UndefinedTableError, "has lost its tables"),
     (asyncpg.QueryCanceledError, "takes too long"),
+    (asyncpg.LockNotAvailableError, "is locked by another process"),
     (asyncpg.CannotConnectNowError, "is starting or stopping"),
     (asyncpg.AdminShutdownError, "is stopping"),
     (asyncpg.CrashShutdownError, "is stopping"),

@@ -37,46 +37,6 @@ IDLE_S, PING_S = 10.0, 1.0
 # What goes on is finished before the end, but not for longer.
 CLOSE_S = 5.0
 NAMED = re.compile(r"(?<!:):([a-z_]+)")
-# Classes of errors -> what to say of them; the first that fits.
-# Source: postgresql.org/docs/current/errcodes-appendix.html, and asyncpg's exceptions.
-REASONS: tuple[tuple[type[BaseException], str], ...] = (
-    (asyncpg.InvalidAuthorizationSpecificationError, "refuses the user or the password"),
-    (asyncpg.InvalidCatalogNameError, "has no database of that name"),
-    (asyncpg.InsufficientPrivilegeError, "may not be read or written by this user"),
-    (asyncpg.TooManyConnectionsError, "takes no more connections"),
-    (asyncpg.DiskFullError, "has no space left on its disk"),
-    (asyncpg.ReadOnlySQLTransactionError, "may not be written"),
-    (asyncpg.QueryCanceledError, "takes too long"),
-    (asyncpg.LockNotAvailableError, "is locked by another process"),
-    (asyncpg.CannotConnectNowError, "is starting or stopping"),
-    (asyncpg.AdminShutdownError, "is stopping"),
-    (asyncpg.ProtocolViolationError, "or a pooler before it refuses how this connection begins"),
-    (asyncpg.PostgresConnectionError, "has lost its connection"),
-    (asyncpg.ClientConfigurationError, "has an address that cannot be understood"),
-    (asyncpg.InterfaceError, "has lost its connection"),
-    (TimeoutError, "does not answer in time"),
-    (OSError, "cannot be reached"),
-    (ValueError, "has an address that cannot be understood"),
-)
-FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-# Two statements met: what one of them has read is not so any more. Tried again, it sees what the other one did.
-RACES = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.ForeignKeyViolationError)
-RACED_CONSTRAINTS = frozenset({"turn_place"})
-
-
-def store_error(error: BaseException, what: str = "The store of responses") -> StoreError:
-    """What a client is told of an error of PostgreSQL; the cause is kept for the log."""
-    reason = next((reason for kind, reason in REASONS if isinstance(error, kind)), f"failed ({type(error).__name__})")
-    refusal = StoreError(f"{what} {reason}.")
-    refusal.retry_after_s = RETRY_AFTER_S
-    refusal.__cause__ = error
-    return refusal
-
-
-def _is_race(error: BaseException) -> bool:
-    if isinstance(error, asyncpg.UniqueViolationError):
-        return error.constraint_name in RACED_CONSTRAINTS
-    return isinstance(error, RACES)
 
 
 class Statement:

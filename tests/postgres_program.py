@@ -59,8 +59,17 @@ class Server:
         self.url = f"postgresql://postgres@/postgres?host={quote(str(self.folder))}"
         if self.port:
             self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-        init = [self._programs / "initdb", "-D", self._data, "-U", "postgres", "--encoding=utf8", "--no-sync", "-N"]
-        init = [*init, "--auth=trust"]
+        init = [
+            str(self._programs / "initdb"),
+            "-D",
+            str(self._data),
+            "-U",
+            "postgres",
+            "--encoding=utf8",
+            "--no-sync",
+            "-N",
+        ]
+        init = [*init, "--no-sync", "-N", "--auth=trust"]
         subprocess.run(init, check=True, capture_output=True, cwd=self.folder, timeout=50, **self._as_user)
 
     def start(self) -> None:

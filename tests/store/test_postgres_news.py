@@ -28,7 +28,7 @@ from test_background import (
     in_status,
     until,
 )
-from test_postgres_store import KEY, empty, made, place
+from test_postgres_store import KEY, empty, made
 from test_proxy import Blocks, events_in
 
 import postgres_news
@@ -36,7 +36,8 @@ from errors import StoreError
 from postgres_news import WORDS_AT_ONCE, News
 from run_verbs import QUEUE, RunStore
 
-__all__ = ["empty", "made", "place"]
+__all__ = ["empty", "made"]
+pytestmark = pytest.mark.stores("postgres")
 LOGGER = "responses_proxy.postgres_news"
 LISTENER = "(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy' ORDER BY backend_start DESC)"
 
