@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from admissions import Quotas, opened_quotas
 from auth import Owners
 from background import Background
 from carrier import Carrier
@@ -29,7 +30,7 @@ from leases import Leases
 from metrics import Load, Metrics
 from observing import Observer
 from once import Once
-from quotas import Quotas, QuotaSettings, own_quotas
+from quotas import QuotaSettings
 from readiness import Readiness
 from routing import Upstreams
 from run_verbs import RunStore
@@ -103,7 +104,8 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(leases.close)
         watcher = Watcher(store)
         counter = await make_counter(settings.compaction.vocabulary)
-        quotas = own_quotas(settings.limits, time.monotonic)
+        if quotas := await opened_quotas(settings.limits, store, sources):
+            stack.push_async_callback(quotas.close)
         means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, observer, quotas)
         services = await make_services(settings, store, means)
         stack.push_async_callback(services.readiness.close)

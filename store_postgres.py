@@ -12,12 +12,14 @@ from functools import partial
 import asyncpg  # type: ignore[import-untyped]
 
 import postgres_forgetting as forgetting
+import postgres_quotas as quotas
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
 from errors import StoreError
 from postgres_pool import FAILURES, Database, Statement, Transaction, store_error
 from postgres_tables import HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
+from quota_verbs import Charge, Used
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail
 from store import StoreSettings, shown
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
@@ -252,6 +254,9 @@ class PostgresStore:
 
     async def queue(self) -> QueueState:
         return await runs.queue(self._db)
+
+    async def charge(self, charge: Charge) -> Used:
+        return await quotas.charge(self._db, charge)
 
     @property
     def waiting(self) -> int:
