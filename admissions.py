@@ -110,8 +110,7 @@ class Desk:
 
     def spent(self, tokens_s: float) -> None:
         self._tokens_s += tokens_s
-        self._has_news = True
-        self._tell()
+        self.tell_again()
 
     def released(self, began_at: float) -> asyncio.Future[None]:
         """Done when the store has been told so, or could not be."""
@@ -123,6 +122,10 @@ class Desk:
 
     def _ended(self) -> None:
         self._in_flight -= 1
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """What is in flight, above all."""
         self._has_news = True
         self._tell()
 
@@ -207,6 +210,7 @@ class Quotas:
         self._desks: dict[str, Desk] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._staying: asyncio.Task[None] | None = None
+        self._stayed_at = 0.0
 
     async def begin(self) -> None:
         """What this process has in flight counts from now on, until some time after its end. Raises: StoreError."""
@@ -265,8 +269,13 @@ class Quotas:
                 log.warning("the lease of what is in flight could not be renewed: %s", error.message)
 
     async def _stay(self) -> None:
+        """Whoever was away for too long may have been forgotten with all that it has in flight."""
         now = self.clock()
         await self.store.acquire(self._lease, now, now + LEASE_S)
+        was_away = now - self._stayed_at >= LEASE_S
+        self._stayed_at = now
+        for desk in self._desks.values() if was_away else ():
+            desk.tell_again()
 
     async def close(self) -> None:
         """What was used is told, if it can be in time; what was in flight here is free."""
