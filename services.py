@@ -42,7 +42,7 @@ from store import StoreSettings, is_database, open_store, shown
 from stored import Stored
 from tracing import Tracing
 from turns import Means, Turns
-from upkeep import ended, keep_learned_again_and_again, kept_up, purge_again_and_again, told_to_stop
+from upkeep import ended, kept_up, purge_again_and_again, share_learned_again_and_again, told_to_stop
 from vocabulary import load
 from watching import Watcher
 from windows import Windows
@@ -114,7 +114,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
         means.counter.remember(await store.learned())
-        learning = keep_learned_again_and_again(store, means.counter)
+        learning = share_learned_again_and_again(leases, means.counter)
         for work in (upstreams.look(), purging, kept_up(watcher.run), background.run(), learning):
             stack.push_async_callback(ended, asyncio.create_task(work))
         stack.push_async_callback(background.stop)

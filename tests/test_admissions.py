@@ -122,7 +122,7 @@ async def is_known(other: Quotas, store: RunStore, clock: Clock) -> bool:
 
 async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not await is_so():
+        while not await is_so():  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
 
 
