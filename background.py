@@ -19,6 +19,7 @@ import msgspec
 
 import frames
 from auth import Caller
+from duties import Duty
 from errors import InvalidRequest, ProxyError, StoreError
 from event_log import TRY_AGAIN_S, Logs, RunLog, persistently
 from keeper import Asked, Course, begin
@@ -92,6 +93,7 @@ class Background:
         self._observer = means.observer
         self._metrics = means.observer.metrics
         self._holder = means.sources.new_id("proc")
+        self._forgetting = Duty(store, means.sources, "forgetting", settings.lease_s)
         self._attempts: dict[Held, Attempt] = {}
         # What others had written when its claims were looked at.
         self._seen = NEVER
@@ -209,7 +211,8 @@ class Background:
         self._suspects[name] = found
 
     async def _forget(self) -> None:
-        await self.store.forget_ended(self._sources.clock())
+        if await self._forgetting.is_ours():
+            await self.store.forget_ended(self._sources.clock())
 
     async def _dispatch(self) -> None:
         seen = self.watcher.version
@@ -346,6 +349,7 @@ class Background:
             await asyncio.gather(*(self._give_back_one(*each) for each in list(self._attempts.items())))
             await self.store.release_runs(self._holder)
             self.watcher.tell_queue()
+            await self._forgetting.give_up()
         except StoreError as error:
             log.warning("leases could not be given back: %s", error.message)
 

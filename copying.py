@@ -39,7 +39,11 @@ TABLES: dict[str, tuple[str, ...]] = {
     "event": ("run", "first", "body"),
 }
 # Table -> why it stays behind.
-LEFT_BEHIND = {"lease": "a right of a process that works on the store; nobody does while it is copied"}
+LEFT_BEHIND = {
+    "lease": "a right of a process that works on the store; nobody does while it is copied",
+    "account": "what an owner has used is there again after a minute",
+    "flight": "requests of processes; in a database it is a part of the account",
+}
 # Where rows name a turn.
 TURNS = {"turn": ("seq", "previous"), "item": ("turn",), "run": ("turn",), "log": ("turn",)}
 PAGE_ROWS, PAGE_BYTES = 1000, 8_000_000

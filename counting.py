@@ -6,14 +6,15 @@ an entry of the chat template, of an image. A ridge regression learns it from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
 from items import ITEMS, is_from_user, item_type
 from records import OUTPUT_ID_PREFIX
+from weights import Size, Told, Weights, restored, total
 
 Json = dict[str, Any]
 # What a text comes to: tokens, about, and bytes that make more of them than others do.
@@ -58,29 +59,6 @@ def _sampled(text: str, tokens_in: Callable[[str], int]) -> float:
     middle = (len(text) - SAMPLE_CHARS) // 2
     samples = (text[:SAMPLE_CHARS], text[middle : middle + SAMPLE_CHARS], text[-SAMPLE_CHARS:])
     return sum(map(tokens_in, samples)) * len(text) / (3 * SAMPLE_CHARS)
-
-
-class Size(NamedTuple):
-    """What can be counted of items.
-
-    text and odd: as `Units` gives them; entries: of the chat template; outputs: those of tools among them; images: how
-    many; thought: units of reasoning before the last user message, which many templates leave out; whole, instructed,
-    tools: 1 for a prompt from its beginning, with instructions, with tools.
-    """
-
-    text: float = 0.0
-    odd: float = 0.0
-    entries: float = 0.0
-    outputs: float = 0.0
-    images: float = 0.0
-    thought: float = 0.0
-    whole: float = 0.0
-    instructed: float = 0.0
-    tools: float = 0.0
-
-
-def total(sizes: Iterable[Size]) -> Size:
-    return Size(*map(sum, zip(Size(), *sizes, strict=True)))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -171,75 +149,6 @@ def _last_thought(items: list[Json], units: Units) -> Size:
     return total(thought_size(item, units) for item in since)
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-# Tokens for each part of a size before anything is known of a model, and how far they may be from it.
-PRIOR = Size(1.0, 0.25, 4.0, 4.0, 800.0, 0.0, 4.0, 0.0, 40.0)
-SPREAD = Size(0.5, 0.25, 4.0, 15.0, 600.0, 0.5, 30.0, 15.0, 60.0)
-LOWEST = Size(0.1, 0.0, 0.0, 0.0, 0.0, -2.0, 0.0, -500.0, 0.0)
-HIGHEST = Size(10.0, 3.0, 50.0, 100.0, 20_000.0, 0.0, 5000.0, 500.0, 5000.0)
-# How far a backend's count is from what the size tells, relative to it.
-NOISE = 0.02
-MEMORY = 0.98
-# From that error on another model may stand behind the name.
-FAR_OFF, SHORT_MEMORY = 0.15, 0.8
-# Smaller counts are not to weigh more than this.
-SMALLEST_TOKENS = 16
-RIDGE = tuple((NOISE / spread) ** 2 for spread in SPREAD)
-PARTS = range(len(PRIOR))
-
-
-class Weights:
-    """What the parts of a size weigh for one model."""
-
-    def __init__(self, seen: int = 0, sums: list[float] | None = None) -> None:
-        """`sums`: of the products of parts with each other, and with tokens, as `kept` gives them."""
-        self.seen = seen
-        self.is_off = False
-        self._sums = sums or [0.0] * (len(PRIOR) * (len(PRIOR) + 1))
-        # Solved when it is asked for: most turns only add to the sums.
-        self._weights: list[float] = []
-
-    def tokens(self, size: Size) -> float:
-        self._weights = self._weights or self._solved()
-        return max(0.0, sum(part * weight for part, weight in zip(size, self._weights, strict=True)))
-
-    def learn(self, size: Size, tokens: float) -> None:
-        """One count of the backend; earlier ones fade, and fast when they did not foretell it."""
-        scale = max(abs(tokens), SMALLEST_TOKENS)
-        self.is_off = bool(self._weights) and abs(self.tokens(size) - tokens) > FAR_OFF * scale
-        memory = SHORT_MEMORY if self.is_off else MEMORY
-        row = [part / scale for part in (*size, tokens)]
-        products = (row[i] * value for i in PARTS for value in row)
-        self._sums = [memory * kept + product for kept, product in zip(self._sums, products, strict=True)]
-        self._weights = []
-        self.seen += 1
-
-    def kept(self) -> bytes:
-        return orjson.dumps([self.seen, self._sums])
-
-    def _solved(self) -> list[float]:
-        """The weights that fit best, drawn to the prior where little is known. Gauss-Jordan: the matrix is definite."""
-        width = len(PRIOR) + 1
-        rows = [self._sums[i * width : (i + 1) * width] for i in PARTS]
-        for i in PARTS:
-            rows[i][i] += RIDGE[i]
-            rows[i][-1] += RIDGE[i] * PRIOR[i]
-        for i in PARTS:
-            pivot = max(rows[i][i], RIDGE[i])  # no less, but for rounding
-            rows[i] = [value / pivot for value in rows[i]]
-            for j in PARTS:
-                if j != i:
-                    rows[j] = [a - rows[j][i] * b for a, b in zip(rows[j], rows[i], strict=True)]
-        return [min(max(row[-1], low), high) for row, low, high in zip(rows, LOWEST, HIGHEST, strict=True)]
-
-
-def restored_weights(kept: bytes) -> Weights:
-    """What `kept` gave; of another version, whose sizes have other parts, nothing."""
-    seen, sums = orjson.loads(kept)
-    return Weights(seen, sums) if len(sums) == len(PRIOR) * (len(PRIOR) + 1) else Weights()
-
-
 # -- all models --------------------------------------------------------------------------------------------------------
 
 # A model whose backend has counted so often is known well enough.
@@ -260,6 +169,8 @@ class Counter:
         self._unknown = Weights()
         self._offered = 0
         self._changed: set[str] = set()
+        # What was read of the store, or written there.
+        self._kept: dict[str, bytes] = {}
 
     def tokens(self, model: str, size: Size) -> float:
         return self._of(model).tokens(size)
@@ -282,13 +193,29 @@ class Counter:
             self._changed.add(name)
 
     def remember(self, facts: dict[str, bytes]) -> None:
-        """What `changed` gave at some time."""
-        self._weights |= {name: restored_weights(kept) for name, kept in facts.items()}
+        """What all processes have told; what this one has learned since is put behind it."""
+        for name, kept in facts.items():
+            if self._kept.get(name) != kept and (name in self._weights or len(self._weights) < MOST_MODELS):
+                self._weights.setdefault(name, Weights()).goes_on_from(restored(kept))
+                self._kept[name] = kept
 
-    def changed(self) -> dict[str, bytes]:
-        """What was learned since this was last asked, as it is kept."""
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was learned that was not told."""
+        return bool(self._changed)
+
+    def tell(self) -> dict[str, Told]:
+        """What has news; `take_back` it when nobody could be told."""
         names, self._changed = self._changed, set()
-        return {name: self._weights[name].kept() for name in names}
+        told = {name: self._weights[name].told() for name in names}
+        self._kept |= {name: each.kept for name, each in told.items()}
+        return told
+
+    def take_back(self, told: dict[str, Told]) -> None:
+        for name, each in told.items():
+            self._weights[name].take_back(each)
+            self._kept.pop(name, None)
+        self._changed |= told.keys()
 
     def _of(self, model: str) -> Weights:
         return self._weights.get(self._name(model), self._unknown)

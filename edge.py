@@ -16,8 +16,9 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from admissions import Admission
 from answers import (
     EVENT_STREAM_HEADERS,
     EventStream,
@@ -42,7 +43,6 @@ from logs import one_line
 from metrics import CONTENT_TYPE
 from origins import origins_of
 from passing import WITHOUT_PREFIX, template_of
-from quotas import Admission
 from records import ignored_of, restored
 from replay import replayed
 from request import parse_body, parse_request
@@ -106,10 +106,21 @@ def no_upgrade() -> Response:
     return json_response(error.to_wire(), error.http_status, {"upgrade": "HTTP/1.1"})
 
 
-def let_go(scope: Scope) -> None:
+async def let_go(scope: Scope) -> None:
     """What is answered from here on works no backend for this request."""
     if admission := scope.get("admission"):
-        admission.release()
+        await admission.over()
+
+
+def releasing(admission: Admission, send: Send) -> Send:
+    """Before its client has the end of an answer, that is over for all processes."""
+
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            await admission.over()
+        await send(message)
+
+    return send_on
 
 
 class Edge:
@@ -126,7 +137,7 @@ class Edge:
     async def admitted(self, scope: Scope, owner: str, *, is_held: bool = True) -> Admission:
         """The right to have a backend work for an owner; what is left of its quotas goes into the answer's headers.
 
-        Raises: RateLimited.
+        Raises: RateLimited, StoreError.
         """
         if self._quotas is None:
             return Admission([])
@@ -146,7 +157,7 @@ class Edge:
         if self._quotas is None:
             await self._create(exchange, caller)
         else:
-            with await self.admitted(scope, caller.owner):
+            async with await self.admitted(scope, caller.owner):
                 await self._create(exchange, caller)
 
     async def _create(self, exchange: Exchange, caller: Caller) -> None:
@@ -154,13 +165,14 @@ class Edge:
         raw = await read_body(scope, exchange.receive, limits.body_bytes)
         request = parse_request(parse_body(raw, limits), limits)
         key = header(scope, b"idempotency-key")
+        asked = Asked(request, caller, admission=scope.get("admission"))
         if key is None:
-            await self._answer(exchange, Asked(request, caller))
+            await self._answer(exchange, asked)
         elif request.is_stored:
-            await self._answer_once(exchange, Asked(request, caller), key, raw)
+            await self._answer_once(exchange, asked, key, raw)
         else:  # nothing of it is kept, so nothing can be given again
             request = msgspec.structs.replace(request, unused=(*request.unused, "Idempotency-Key"))
-            await self._answer(exchange, Asked(request, caller))
+            await self._answer(exchange, msgspec.structs.replace(asked, request=request))
 
     def _caller(self, scope: Scope) -> Caller:
         """Raises: Unauthorized."""
@@ -221,7 +233,7 @@ class Edge:
         """A run that was admitted is carried out whether or not its client stays."""
         background = self._services.background
         response, ignored = await background.admit(asked)
-        let_go(exchange.scope)
+        await let_go(exchange.scope)
         headers = self._ignored(ignored)
         if asked.request.stream:
             await self._stream(exchange, background.logs.followed(asked.caller.owner, response), headers)
@@ -239,7 +251,7 @@ class Edge:
             await claim.release()
 
     async def _answer_again(self, exchange: Exchange, asked: Asked, earlier: KeptResponse) -> None:
-        let_go(exchange.scope)
+        await let_go(exchange.scope)
         response, ignored = restored(earlier), ignored_of(earlier)
         headers = [(b"idempotent-replayed", b"true"), *self._ignored(ignored)]
         logs = self._services.background.logs
@@ -273,7 +285,7 @@ class Edge:
     async def window(self, request: Request, work: WindowWork) -> Response:
         """Counts and compactions: a client that leaves stops them."""
         caller = self._caller(request.scope)
-        with await self.admitted(request.scope, caller.owner, is_held=work not in LIGHT_WORK):
+        async with await self.admitted(request.scope, caller.owner, is_held=work not in LIGHT_WORK):
             raw = await read_body(request.scope, request.receive, self._limits.body_bytes)
             async with Watched(request.receive):
                 told = await work(self._services.windows, caller, raw)
@@ -299,8 +311,8 @@ class Edge:
         target = carrier.target(scope)
         scope.setdefault("route", Passed(template_of(target)))
         caller = self._caller(scope)
-        with await self.admitted(scope, caller.owner):
-            await carrier.carry(Carried(scope, target, caller), receive, send)
+        async with await self.admitted(scope, caller.owner) as admission:
+            await carrier.carry(Carried(scope, target, caller), receive, releasing(admission, send))
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""

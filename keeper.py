@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from admissions import Admission, Quotas
 from ahead import Ahead
 from auth import Caller
 from fitting import Fit
 from metrics import Mode, TurnMeter
 from observing import NOTED
 from past import Place
-from quotas import Quotas
 from records import Notes, decoded, identified, new_items, new_turn
 from remembered import LaneMemory, Remembered
 from request import TurnRequest, echo
@@ -34,6 +34,7 @@ class Asked(msgspec.Struct, frozen=True):
     first_use: FirstUse | None = None
     lane: LaneMemory | None = None
     generates: bool = True
+    admission: Admission | None = None
 
     @property
     def mode(self) -> Mode:
@@ -93,12 +94,24 @@ class Keeper(msgspec.Struct, frozen=True):
     meter: TurnMeter
 
     def count(self, machine: ResponseStream) -> None:
-        """Tells the quotas what the turn took, compaction and all."""
+        """Tells the quotas what the turn took, compaction and all, and that it is over: while it is kept."""
         if self.quotas is not None and (usage := machine.snapshot()["usage"]):
             self.quotas.spent(self.asked.caller.owner, usage["total_tokens"])
+        if self.asked.admission is not None:
+            self.asked.admission.release()
 
     async def keep(self, machine: ResponseStream, closing: list[Event]) -> None:
-        """Whole, or not at all. Raises: StoreError, NotFound, ConversationLocked."""
+        """Whole, or not at all; before its client has the end of it, the turn is over for all processes.
+
+        Raises: StoreError, NotFound, ConversationLocked.
+        """
+        try:
+            await self._keep(machine, closing)
+        finally:
+            if self.asked.admission is not None:
+                await self.asked.admission.over()
+
+    async def _keep(self, machine: ResponseStream, closing: list[Event]) -> None:
         save, lane = self.course.save, self.asked.lane
         if save is None and lane is None:
             return

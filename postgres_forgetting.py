@@ -7,6 +7,7 @@ time does so.
 from __future__ import annotations
 
 from postgres_pool import Statement, Transaction, Verb
+from postgres_quotas import SWEEP as SWEEP_ACCOUNTS
 from postgres_reads import OWN
 from postgres_tables import ADMITTING
 from postgres_writes import ERASE_AHEAD, ONE_FORGETS
@@ -55,6 +56,7 @@ BEGIN_TO_AGE = Statement(
 SWEEP = (
     Statement("DELETE FROM first_use WHERE until_at <= :now::double precision"),
     Statement("DELETE FROM lease WHERE until_at <= :now::double precision"),
+    SWEEP_ACCOUNTS,
     Statement("DELETE FROM settings WHERE NOT EXISTS (SELECT FROM turn WHERE turn.settings = settings.digest)"),
 )
 SWEEP_QUEUE = Statement("DELETE FROM queue WHERE NOT EXISTS (SELECT FROM run WHERE run.owner = queue.owner)")

@@ -11,7 +11,7 @@ MIGRATING, ADMITTING, FORGETTING = 0x5270_5278_01, 0x5270_5278_02, 0x5270_5278_0
 
 # In the order in which they are made.
 TABLES = (
-    *("secret", "settings", "thread", "conversation", "turn", "item", "lease", "first_use", "learned"),
+    *("secret", "settings", "thread", "conversation", "turn", "item", "lease", "first_use", "learned", "account"),
     *("run", "queue", "log", "event"),
 )
 
@@ -77,6 +77,15 @@ SCHEMA_1 = (
         owner text, key text, digest bytea NOT NULL, response text NOT NULL, until_at bigint NOT NULL,
         PRIMARY KEY (owner, key))""",
     "CREATE TABLE learned (name text PRIMARY KEY, value bytea NOT NULL)",
+    # What an owner has used, and whether it was granted what was last wished for. Not in the write-ahead log: after a
+    # crash of the database every owner begins anew, and no admission waits for its disk.
+    """CREATE UNLOGGED TABLE account (
+        owner text PRIMARY KEY,
+        requests_at double precision NOT NULL DEFAULT 0,  -- Unix seconds: when all of it is there again
+        tokens_at double precision NOT NULL DEFAULT 0,    -- likewise
+        took_s double precision NOT NULL DEFAULT 0,       -- how long the last request in flight took
+        flights jsonb NOT NULL DEFAULT '{}',              -- name of a holder's lease -> its requests in flight
+        is_granted boolean NOT NULL DEFAULT false)""",
     # A background turn that has not ended. A run that goes wakes who waits for it, also who began to only now.
     """CREATE TABLE run (
         seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

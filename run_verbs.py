@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from quota_verbs import QuotaStore
 from verbs import KeptResponse, NewTurn, Store
 
 UNFINISHED = frozenset({"queued", "in_progress"})
@@ -125,8 +126,8 @@ class QueueState(msgspec.Struct, frozen=True):
     running: int
 
 
-class RunStore(Store, Protocol):
-    """A store that keeps runs too. Times are Unix seconds and come from the caller."""
+class RunStore(Store, QuotaStore, Protocol):
+    """A store that keeps runs, and what owners have used, too. Times are Unix seconds and come from the caller."""
 
     async def admit(self, run: NewRun, limits: QueueLimits) -> None:
         """Keeps the response as queued and its run, or nothing of them.

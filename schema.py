@@ -83,6 +83,18 @@ SCHEMA_3 = (
     "CREATE TABLE learned (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
 )
 
+SCHEMA_4 = (
+    # What an owner has used.
+    """CREATE TABLE account (
+        owner TEXT PRIMARY KEY,
+        requests_at REAL NOT NULL,  -- Unix seconds: when all of it is there again
+        tokens_at REAL NOT NULL,    -- likewise
+        took_s REAL NOT NULL) WITHOUT ROWID  -- how long the last request in flight took""",
+    # How many requests of an owner a holder has in flight; the holder is the name of its lease.
+    """CREATE TABLE flight (
+        owner TEXT, holder TEXT, requests INTEGER NOT NULL, PRIMARY KEY (owner, holder)) WITHOUT ROWID""",
+)
+
 
 def _create(db: sqlite3.Connection) -> None:
     for statement in SCHEMA_1:
@@ -94,8 +106,13 @@ def _add_ahead(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _add_accounts(db: sqlite3.Connection) -> None:
+    for statement in SCHEMA_4:
+        db.execute(statement)
+
+
 # The function at index n brings a file from version n to n + 1 (PRAGMA user_version).
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create, add_runs, _add_ahead)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create, add_runs, _add_ahead, _add_accounts)
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from admissions import Quotas, opened_quotas
 from auth import Owners
 from background import Background
 from carrier import Carrier
@@ -29,7 +30,7 @@ from leases import Leases
 from metrics import Load, Metrics
 from observing import Observer
 from once import Once
-from quotas import Quotas, QuotaSettings, own_quotas
+from quotas import QuotaSettings
 from readiness import Readiness
 from routing import Upstreams
 from run_verbs import RunStore
@@ -41,7 +42,7 @@ from store import StoreSettings, is_database, open_store, shown
 from stored import Stored
 from tracing import Tracing
 from turns import Means, Turns
-from upkeep import ended, keep_learned_again_and_again, kept_up, purge_again_and_again, told_to_stop
+from upkeep import ended, kept_up, purge_again_and_again, share_learned_again_and_again, told_to_stop
 from verbs import Lock
 from vocabulary import load
 from watching import Watcher
@@ -108,7 +109,8 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(leases.close)
         watcher = Watcher(store)
         counter = await make_counter(settings.compaction.vocabulary)
-        quotas = own_quotas(settings.limits, time.monotonic)
+        if quotas := await opened_quotas(settings.limits, store, sources):
+            stack.push_async_callback(quotas.close)
         means = Means(upstreams, leases, make_seals(settings), sources, watcher, counter, observer, quotas)
         services = await make_services(settings, store, means)
         if is_database(settings.store.path):
@@ -119,7 +121,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         background = services.background
         purging = purge_again_and_again(store, settings.store, sources)
         means.counter.remember(await store.learned())
-        learning = keep_learned_again_and_again(store, means.counter)
+        learning = share_learned_again_and_again(leases, means.counter)
         for work in (upstreams.look(), purging, kept_up(watcher.run), background.run(), learning):
             stack.push_async_callback(ended, asyncio.create_task(work))
         stack.push_async_callback(background.stop)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import msgspec
 import orjson
 
+from admissions import Admission, Quotas
 from answers import GOODBYE_S, ClientGone, Message, Receive, Scope, Send, stopped
 from auth import Caller, Owners
 from errors import InvalidRequest, NotFound, ProxyError, RateLimited, UnsupportedParameter
@@ -24,7 +25,6 @@ from frames import Event
 from keeper import Asked
 from logs import REQUEST_ID, one_line
 from observing import NOTED, Noted, Observer
-from quotas import Quotas
 from remembered import LaneMemory, Memory
 from request import RequestLimits, TurnRequest, parse_body, parse_request
 from stream_lanes import StreamLanes, Waiting, lane_name
@@ -346,22 +346,22 @@ class Connection:
         if self._means.quotas is None:
             await self._continue(request, lane)
         else:
-            with await self._means.quotas.admit(self._caller.owner):
-                await self._continue(request, lane)
+            async with await self._means.quotas.admit(self._caller.owner) as admission:
+                await self._continue(request, lane, admission)
 
-    async def _continue(self, request: Waiting, lane: LaneMemory) -> None:
+    async def _continue(self, request: Waiting, lane: LaneMemory, admission: Admission | None = None) -> None:
         body = parse_body(request.raw, self._means.limits)
         is_failed = True
         try:
-            turn = await self._accepted(body, lane)
+            turn = await self._accepted(body, lane, admission)
             is_failed = await self._tell(turn, request.stream_id)
         finally:
             if is_failed:
                 lane.forget(body.get("previous_response_id"))
 
-    async def _accepted(self, body: Json, lane: LaneMemory) -> Turn:
+    async def _accepted(self, body: Json, lane: LaneMemory, admission: Admission | None) -> Turn:
         create = parse_create(body, self._means.limits)
-        asked = Asked(create.request, self._caller, lane=lane, generates=create.generates)
+        asked = Asked(create.request, self._caller, None, lane, create.generates, admission)
         turn = await self._means.turns.prepare(asked)
         await turn.accept()
         return turn

@@ -16,11 +16,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 import facts
+import quota_rows
 import reads
 import run_rows
 import writes
 from errors import StoreError
 from lanes import DatabaseThread, Lane, read_all, store_error, write_all
+from quota_verbs import Charge, Used
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, Stopped, Tail, Tell
 from schema import migrate, use_wal
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
@@ -196,6 +198,7 @@ class SQLiteStore:
         while forgotten := await self._writer.do(partial(writes.forget_some, before_at, now)):
             responses += forgotten
         await self._writer.do(partial(writes.sweep, now))
+        await self._writer.do(partial(quota_rows.sweep, now))
         while freed := await self._writer.do(writes.vacuum_some):
             freed_bytes += freed
         if freed_bytes:
@@ -269,6 +272,9 @@ class SQLiteStore:
 
     async def queue(self) -> QueueState:
         return await self._reader.do(run_rows.queue)
+
+    async def charge(self, charge: Charge) -> Used:
+        return await self._writer.do(partial(quota_rows.charge, charge))
 
     @property
     def waiting(self) -> int:

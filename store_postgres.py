@@ -9,12 +9,14 @@ from __future__ import annotations
 from functools import partial
 
 import postgres_forgetting as forgetting
+import postgres_quotas as quotas
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
 from postgres_news import News
 from postgres_opening import listener, opened_database
 from postgres_pool import Database, Verb, gone, surely
+from quota_verbs import Charge, Used
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail, Tell
 from store import StoreSettings
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
@@ -207,6 +209,9 @@ class PostgresStore:
 
     async def queue(self) -> QueueState:
         return await runs.queue(self._db)
+
+    async def charge(self, charge: Charge) -> Used:
+        return await quotas.charge(self._db, charge)
 
     @property
     def waiting(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from admissions import Quotas
 from ahead import Ahead
 from chat_stream import ChatStream
 from chunks import BYTES_PER_TOKEN
@@ -29,7 +30,6 @@ from metrics import Metrics, TurnMeter
 from needs import Need
 from observing import Observer
 from past import REASONING, Pasts, Patience
-from quotas import Quotas
 from remembered import LaneMemory
 from replay import replayed
 from request import TurnRequest

@@ -16,7 +16,9 @@ from typing import Any
 
 from background import Background
 from counting import Counter
+from duties import Duty
 from errors import StoreError
+from leases import Leases
 from sources import Sources
 from store import StoreSettings
 from verbs import Purged, Store
@@ -24,7 +26,9 @@ from verbs import Purged, Store
 log = logging.getLogger("responses_proxy.upkeep")
 
 PURGE_EVERY_S = 3600.0
-KEEP_LEARNED_EVERY_S = 10.0
+SHARE_LEARNED_EVERY_S = 10.0
+# How long what was learned waits for another process that writes its own.
+SHARE_WAIT_S = 1.0
 KEPT_UP_AFTER_S = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,34 +73,65 @@ async def kept_up(work: Callable[[], Awaitable[None]]) -> None:
 
 
 async def purge_again_and_again(store: Store, settings: StoreSettings, sources: Sources) -> None:
-    """One purge that fails does not end retention."""
-    while True:
+    """By one of the processes that share a store. One purge that fails does not end retention."""
+    duty = Duty(store, sources, "retention", PURGE_EVERY_S)
+    try:
+        while True:
+            await _purge_on_duty(duty, store, settings, sources.clock)
+            await asyncio.sleep(PURGE_EVERY_S)
+    finally:
+        with contextlib.suppress(StoreError):  # it runs out
+            await duty.give_up()
+
+
+async def _purge_on_duty(duty: Duty, store: Store, settings: StoreSettings, clock: Callable[[], float]) -> None:
+    try:
+        if await duty.is_ours():
+            await purge(store, settings, clock())
+    except StoreError as error:
+        log.warning("could not purge: %s", error.message)
+    except Exception:
+        log.exception("could not purge")
+
+
+async def share_learned_again_and_again(leases: Leases, counter: Counter) -> None:
+    """What was learned about models survives a restart, and is known to all processes."""
+    try:
+        while True:
+            await asyncio.sleep(SHARE_LEARNED_EVERY_S)
+            await share_learned(leases, counter)
+    finally:
+        if counter.has_news:
+            await share_learned(leases, counter)
+
+
+async def share_learned(leases: Leases, counter: Counter) -> None:
+    try:
+        if not counter.has_news:
+            counter.remember(await leases.store.learned())
+        else:
+            await _keep_learned(leases, counter)
+    except StoreError as error:
+        log.warning("what was learned of models could not be kept: %s", error.message)
+    except Exception:
+        log.exception("what was learned of models could not be kept")
+
+
+async def _keep_learned(leases: Leases, counter: Counter) -> None:
+    """What others have learned meanwhile stays: one process at a time reads it, adds to it, and writes."""
+    lease = leases.lease("learned")
+    if not await lease.acquire(SHARE_WAIT_S):
+        return
+    try:
+        counter.remember(await leases.store.learned())
+        told = counter.tell()
         try:
-            await purge(store, settings, sources.clock())
-        except StoreError as error:
-            log.warning("could not purge: %s", error.message)
-        except Exception:
-            log.exception("could not purge")
-        await asyncio.sleep(PURGE_EVERY_S)
-
-
-async def keep_learned_again_and_again(store: Store, counter: Counter) -> None:
-    """What was learned about models survives a restart."""
-    while True:
-        try:
-            await asyncio.sleep(KEEP_LEARNED_EVERY_S)
-        finally:
-            await keep_learned(store, counter)
-
-
-async def keep_learned(store: Store, counter: Counter) -> None:
-    if facts := counter.changed():
-        try:
-            await store.keep_learned(facts)
-        except StoreError as error:
-            log.warning("what was learned of models could not be kept: %s", error.message)
-        except Exception:
-            log.exception("what was learned of models could not be kept")
+            await leases.store.keep_learned({name: each.kept for name, each in told.items()})
+        except BaseException:
+            counter.take_back(told)
+            raise
+    finally:
+        await lease.release()
 
 
 async def purge(store: Store, settings: StoreSettings, now: float) -> Purged:

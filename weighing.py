@@ -14,7 +14,7 @@ import msgspec
 import orjson
 
 from auth import Caller
-from counting import Counter, Size, added_size, size_of, standing_size, thought_size, total, window_size
+from counting import Counter, added_size, size_of, standing_size, thought_size, window_size
 from dispatch import Way
 from folding import Contents, laid_out
 from items import is_from_user, item_type
@@ -22,6 +22,7 @@ from past import Past
 from records import counted_tokens
 from request import TurnRequest, echo
 from tools import CALL_ID_PREFIX
+from weights import Size, total
 
 Json = dict[str, Any]
 

@@ -1,20 +1,28 @@
-"""Limits per owner: the arithmetic on a clock of the test, and what the running proxy answers."""
+"""Limits per owner: what is granted, on a clock of the test, and what the running proxy answers. Over every store."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 from conftest import App, StartApp
+from replicas import PLACES, Place, place_of, sections_of
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, streamed
 from test_owners import ALICE, AUTH, BOB, HI, Client
 from test_proxy import error_of
 
+from admissions import Admission, Quotas, opened_quotas
 from errors import RateLimited
-from quotas import Admission, OwnQuotas, QuotaSettings, duration, own_quotas
+from quotas import QuotaSettings, duration
+from run_verbs import RunStore
+from sources import Ids, Sources
+from store import StoreSettings, open_store
 
 LIMIT_HEADERS = [f"x-ratelimit-{key}-requests" for key in ("limit", "remaining", "reset")]
 
@@ -32,11 +40,50 @@ def clock() -> Clock:
     return Clock()
 
 
+KINDS = ("memory", *PLACES)
+OpenQuotas = Callable[..., Awaitable[Quotas]]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kind: str, tmp_path: Path) -> Iterator[Place | None]:
+    """None: in memory."""
+    place = None if kind == "memory" else place_of(kind, tmp_path)
+    yield place
+    if place is not None:
+        place.close()
+
+
+@pytest.fixture
+async def store(place: Place | None) -> AsyncIterator[RunStore]:
+    store = await (place.open() if place else open_store(StoreSettings(":memory:")))
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def opened(store: RunStore, clock: Clock) -> AsyncIterator[OpenQuotas]:
+    """The quotas of one more process: `await opened(requests_per_minute=3)`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_them(**limits: int) -> Quotas:
+            quotas = await opened_quotas(QuotaSettings(**limits), store, Sources(clock, Ids(clock)))
+            assert quotas is not None
+            stack.push_async_callback(quotas.close)
+            return quotas
+
+        yield open_them
+
+
 def text_of(admission: Admission | RateLimited) -> dict[str, str]:
     return {name.decode().removeprefix("x-ratelimit-"): value.decode() for name, value in admission.headers}
 
 
-async def refusal_of(quotas: OwnQuotas, owner: str = "alice", **how: Any) -> RateLimited:
+async def refusal_of(quotas: Quotas, owner: str = "alice", **how: Any) -> RateLimited:
     with pytest.raises(RateLimited) as caught:
         await quotas.admit(owner, **how)
     return caught.value
@@ -45,12 +92,12 @@ async def refusal_of(quotas: OwnQuotas, owner: str = "alice", **how: Any) -> Rat
 # -- the arithmetic ----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_limit_nothing_is_counted(clock: Clock) -> None:
-    assert own_quotas(QuotaSettings(), clock) is None
+async def test_without_a_limit_nothing_is_counted(store: RunStore, clock: Clock) -> None:
+    assert await opened_quotas(QuotaSettings(), store, Sources(clock, Ids(clock))) is None
 
 
-async def test_the_headers_say_what_is_left_and_when_all_is_back(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=60), clock)
+async def test_the_headers_say_what_is_left_and_when_all_is_back(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(requests_per_minute=60)
     told = [text_of(await quotas.admit("alice")) for _ in range(2)]
     assert told == [
         {"limit-requests": "60", "remaining-requests": "59", "reset-requests": "1s"},
@@ -58,8 +105,8 @@ async def test_the_headers_say_what_is_left_and_when_all_is_back(clock: Clock) -
     ]
 
 
-async def test_one_more_than_the_limit_is_refused_until_one_is_free_again(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=3), clock)
+async def test_one_more_than_the_limit_is_refused_until_one_is_free_again(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(requests_per_minute=3)
     for _ in range(3):
         await quotas.admit("alice")
     clock.now += 5
@@ -71,8 +118,10 @@ async def test_one_more_than_the_limit_is_refused_until_one_is_free_again(clock:
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 60, 999])
-async def test_after_the_wait_that_was_told_one_is_free_and_no_more(clock: Clock, limit: int) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=limit), clock)
+async def test_after_the_wait_that_was_told_one_is_free_and_no_more(
+    opened: OpenQuotas, clock: Clock, limit: int
+) -> None:
+    quotas = await opened(requests_per_minute=limit)
     for _ in range(limit):
         await quotas.admit("alice")
     for _ in range(20):
@@ -82,8 +131,8 @@ async def test_after_the_wait_that_was_told_one_is_free_and_no_more(clock: Clock
 
 
 @pytest.mark.parametrize("limit", range(1, 100, 7))
-async def test_one_is_free_when_its_part_of_a_minute_is_over(clock: Clock, limit: int) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=limit), clock)
+async def test_one_is_free_when_its_part_of_a_minute_is_over(opened: OpenQuotas, clock: Clock, limit: int) -> None:
+    quotas = await opened(requests_per_minute=limit)
     for _ in range(limit):
         await quotas.admit("alice")
     for _ in range(100):
@@ -91,24 +140,24 @@ async def test_one_is_free_when_its_part_of_a_minute_is_over(clock: Clock, limit
         await quotas.admit("alice")
 
 
-async def test_what_is_refused_is_not_counted(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=1, in_flight_per_owner=1), clock)
+async def test_what_is_refused_is_not_counted(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(requests_per_minute=1, in_flight_per_owner=1)
     await quotas.admit("alice")
     waits = [(await refusal_of(quotas)).retry_after_s for _ in range(3)]
     assert waits == [60, 60, 60]
 
 
-async def test_each_owner_has_its_own_allowance(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=1), clock)
+async def test_each_owner_has_its_own_allowance(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(requests_per_minute=1)
     await quotas.admit("alice")
     await quotas.admit("bob")
     await refusal_of(quotas, "alice")
     await refusal_of(quotas, "bob")
 
 
-async def test_requests_in_flight_are_free_again_when_they_end(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(in_flight_per_owner=2), clock)
-    with await quotas.admit("alice") as first, await quotas.admit("alice"):
+async def test_requests_in_flight_are_free_again_when_they_end(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(in_flight_per_owner=2)
+    async with await quotas.admit("alice") as first, await quotas.admit("alice"):
         refusal = await refusal_of(quotas)
         assert refusal.message == "Rate limit reached: 2 requests at once. Please try again in 1s."
         first.release()
@@ -118,27 +167,27 @@ async def test_requests_in_flight_are_free_again_when_they_end(clock: Clock) -> 
     await quotas.admit("alice")
 
 
-async def test_what_is_not_held_is_not_in_flight(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(in_flight_per_owner=1), clock)
-    with await quotas.admit("alice"):
+async def test_what_is_not_held_is_not_in_flight(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(in_flight_per_owner=1)
+    async with await quotas.admit("alice"):
         (await quotas.admit("alice", is_held=False)).release()
         await refusal_of(quotas)
 
 
 @pytest.mark.parametrize(("took_s", "guess_s"), [(0.1, 1), (30, 15), (3600, 60)])
 async def test_the_wait_for_one_in_flight_is_guessed_by_the_last_one(
-    clock: Clock, took_s: float, guess_s: float
+    opened: OpenQuotas, clock: Clock, took_s: float, guess_s: float
 ) -> None:
-    quotas = OwnQuotas(QuotaSettings(in_flight_per_owner=2), clock)
-    with await quotas.admit("alice"):
-        with await quotas.admit("alice"):
+    quotas = await opened(in_flight_per_owner=2)
+    async with await quotas.admit("alice"):
+        async with await quotas.admit("alice"):
             clock.now += took_s
         await quotas.admit("alice")
         assert (await refusal_of(quotas)).retry_after_s == guess_s
 
 
-async def test_tokens_that_a_turn_took_delay_the_next_one(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(tokens_per_minute=600), clock)
+async def test_tokens_that_a_turn_took_delay_the_next_one(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(tokens_per_minute=600)
     headers = text_of(await quotas.admit("alice"))
     assert headers == {"limit-tokens": "600", "remaining-tokens": "600", "reset-tokens": "0s"}
     quotas.spent("alice", 1199)
@@ -149,26 +198,11 @@ async def test_tokens_that_a_turn_took_delay_the_next_one(clock: Clock) -> None:
     assert text_of(await quotas.admit("alice"))["remaining-tokens"] == "1"
 
 
-async def test_the_longest_wait_is_told(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=1, tokens_per_minute=600, in_flight_per_owner=1), clock)
+async def test_the_longest_wait_is_told(opened: OpenQuotas, clock: Clock) -> None:
+    quotas = await opened(requests_per_minute=1, tokens_per_minute=600, in_flight_per_owner=1)
     await quotas.admit("alice")
     quotas.spent("alice", 1800)
     assert (await refusal_of(quotas)).message.startswith("Rate limit reached: 600 tokens per minute. ")
-
-
-async def test_owners_that_ask_no_more_are_forgotten(clock: Clock) -> None:
-    quotas = OwnQuotas(QuotaSettings(requests_per_minute=10, tokens_per_minute=10, in_flight_per_owner=5), clock)
-    held = await quotas.admit("held")
-    quotas.spent("in debt", 30)
-    for number in range(100):
-        (await quotas.admit(f"owner {number}")).release()
-    clock.now += 61
-    (await quotas.admit("bob")).release()
-    assert len(quotas) == 3
-    held.release()
-    clock.now += 180
-    (await quotas.admit("bob")).release()
-    assert len(quotas) == 1
 
 
 @pytest.mark.parametrize(
@@ -192,6 +226,16 @@ def test_a_duration_is_written_as_the_api_does(seconds: float, text: str) -> Non
 
 
 # -- the running proxy -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_app(start_app: StartApp, place: Place | None) -> StartApp:
+    """The proxy on the test's store; once more, another process on it."""
+
+    async def start(**sections: Any) -> App:
+        return await start_app(**{**(sections_of(place) if place else {}), **sections})
+
+    return start
 
 
 def limits_in(answer: aiohttp.ClientResponse) -> list[str | None]:

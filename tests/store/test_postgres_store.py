@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +15,7 @@ import pytest
 from conftest import StartApp, settings_of
 from postgres_server import Beside
 from run_builders import begin, queued, waiting_ids
-from scripted import Backend, Script, chunk
+from scripted import Backend, Script, chunk, plain, streamed
 from store_builders import NOW, OWNER, both_of, save_chain, turn, window_ids
 from store_places import PostgresPlace
 
@@ -29,6 +30,7 @@ from store import SQLiteStore, StoreSettings, shown
 from store_postgres import PostgresStore, open_store
 
 pytestmark = pytest.mark.stores("postgres")
+MADE_TABLE = re.compile(r"CREATE (?:UNLOGGED )?TABLE (\w+)")
 KEY = base64.b64encode(b"k" * 32).decode()
 
 
@@ -133,7 +135,8 @@ async def test_tables_of_another_program_are_left_alone(empty: str) -> None:
 
 
 def test_the_tables_are_those_of_the_schema() -> None:
-    made = [statement.split()[2] for each in MIGRATIONS for statement in each if statement.startswith("CREATE TABLE")]
+    found = (MADE_TABLE.match(statement) for each in MIGRATIONS for statement in each)
+    made = [table[1] for table in found if table]
     assert sorted(made) == sorted(TABLES)
 
 
@@ -228,6 +231,25 @@ async def test_a_turn_of_a_chain_takes_two_statements(
     own = {text: count for text, count in made.items() if "pg_current_snapshot" not in text}
     assert (second.status, second.previous_response_id) == ("completed", first.id)
     assert sum(own.values()) == 2, own
+
+
+LIMITS = {"in_flight_per_owner": 5, "requests_per_minute": 60, "tokens_per_minute": 10_000}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_with_all_limits_a_turn_of_a_chain_takes_four_statements(
+    start_app: StartApp, place: PostgresPlace, backend: Backend, made: Counter[str], stream: bool
+) -> None:
+    store = {"store": {"path": place.url}, "sealing": {"keys": (KEY,)}, "background": {"workers": 0}}
+    app = await start_app(**store, limits=LIMITS)
+    first = await app.openai.responses.create(model="m", input="Hi")
+    made.clear()
+    backend.script(streamed("Hello") if stream else plain())
+    body = {"model": "m", "input": "Hi", "previous_response_id": first.id, "stream": stream}
+    async with app.post(body) as answer:
+        assert (answer.status, b"completed" in await answer.read()) == (200, True)
+    own = {text: count for text, count in made.items() if "pg_current_snapshot" not in text}
+    assert sum(own.values()) == 4, own
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

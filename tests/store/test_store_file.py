@@ -17,6 +17,7 @@ from typing import Any, Literal
 from unittest.mock import ANY
 
 import aiosqlite
+import msgspec
 import pytest
 from run_builders import OpenRunStore, admit, all_events, batch, claim, ending, numbered, queued, sweep
 from store_builders import (
@@ -50,6 +51,8 @@ from store_builders import (
 
 import schema
 from errors import InvalidRequest, StoreError
+from quota_verbs import Charge, Used
+from run_verbs import RunStore
 from verbs import FirstUse, ItemIds, Listed, Lock, NewItem, NewTurn, Page, Store
 
 pytest_plugins = ["store_fixtures"]
@@ -57,6 +60,7 @@ pytest_plugins = ["store_fixtures"]
 NOTHING = dict.fromkeys(TABLES, 0) | {"settings": ANY}  # a purge sweeps settings
 
 LEASE = Lock("name", "me")
+CHARGE = Charge(owner=OWNER, holder="name", now=NOW, in_flight=1, tokens_s=1.0)
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 
@@ -595,7 +599,7 @@ def locked(path: Path) -> Iterator[None]:
         connection.execute("ROLLBACK")
 
 
-WRITES: dict[str, Callable[[Store], Awaitable[Any]]] = {
+WRITES: dict[str, Callable[[RunStore], Awaitable[Any]]] = {
     "save": lambda s: s.save(turn("new", "d")),
     "delete_response": lambda s: s.delete_response(OWNER, "d", NOW),
     "create_conversation": lambda s: s.create_conversation(OWNER, conversation("new"), (message("new"),)),
@@ -608,6 +612,7 @@ WRITES: dict[str, Callable[[Store], Awaitable[Any]]] = {
     "release": lambda s: s.release(LEASE),
     "keep_ahead": lambda s: s.keep_ahead(OWNER, "d", b"ahead"),
     "keep_learned": lambda s: s.keep_learned({"m": b"1"}),
+    "charge": lambda s: s.charge(CHARGE),
     "secret": lambda s: s.secret("new"),
     "purge": lambda s: s.purge(NOW, NOW),
 }
@@ -615,7 +620,7 @@ WRITES: dict[str, Callable[[Store], Awaitable[Any]]] = {
 
 @pytest.mark.parametrize("verb", sorted(WRITES))
 async def test_a_locked_file_refuses_every_write_whole_and_soon_takes_it(
-    open_at: OpenStore, store_path: Path, verb: str
+    open_at: OpenRunStore, store_path: Path, verb: str
 ) -> None:
     store = await open_at(busy_timeout_s=0.05)
     await fill(store)
@@ -691,7 +696,7 @@ async def test_a_page_beyond_the_end_is_empty(open_at: OpenStore) -> None:
     assert await store.input_items(OWNER, "a", Page(after="a.in")) == Listed([], False)
 
 
-# -- files of older versions: 1 had no background runs, 2 kept nothing ahead -------------------------------------------
+# -- files of older versions: 1 had no background runs, 2 kept nothing ahead, 3 counted nothing for owners -------------
 
 
 def tables_in(connection: sqlite3.Connection) -> list[str]:
@@ -717,7 +722,7 @@ def make_old(path: Path, version: int, filled: Path) -> None:
             connection.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM filled.{table}")
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def version(request: pytest.FixtureRequest) -> int:
     number: int = request.param
     return number
@@ -810,6 +815,12 @@ async def test_an_old_file_takes_what_is_kept_ahead_and_what_is_learned(
     assert window is not None
     assert (window.settings, window.body, window.ahead) == (turn("d").settings, turn("d").body, b"ahead")
     assert await store.learned() == {"m": b"1"}
+
+
+async def test_an_old_file_takes_what_owners_use(open_at: OpenRunStore, store_path: Path, before: list[Any]) -> None:
+    store = await open_at()
+    assert await store.charge(CHARGE) == Used(False, NOW, NOW + 1, 0, 0.0)
+    assert (await store.charge(msgspec.structs.replace(CHARGE, holder="other"))).elsewhere == 1
 
 
 async def test_runs_of_version_2_are_carried_out_to_their_end(
