@@ -290,7 +290,7 @@ class Turn:
                 async for batch in batches:
                     yield batch
         except ProxyError as error:
-            log.warning("turn failed: %s", error.logged)
+            log.log(error.log_level, "turn failed: %s", error.logged)
             yield await self._failed(error)
         except Exception:
             log.exception("turn failed on a fault of this proxy")
@@ -348,7 +348,7 @@ class Turn:
         try:
             await asyncio.shield(saving)
         except ProxyError as error:
-            log.warning("turn could not be kept: %s", error.logged)
+            log.log(error.log_level, "turn could not be kept: %s", error.logged)
             return last + await self._failed(error)
         except asyncio.CancelledError:
             self._unsaid = last
@@ -375,7 +375,7 @@ class Turn:
         try:
             await self._keeper.keep(self._machine, [])
         except ProxyError as failure:
-            log.warning("a failed turn could not be kept: %s", failure.logged)
+            log.log(failure.log_level, "a failed turn could not be kept: %s", failure.logged)
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:

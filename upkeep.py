@@ -74,7 +74,7 @@ async def purge_again_and_again(store: Store, settings: StoreSettings, sources: 
         try:
             await purge(store, settings, sources.clock())
         except StoreError as error:
-            log.warning("could not purge: %s", error.message)
+            log.log(error.log_level, "could not purge: %s", error.message)
         except Exception:
             log.exception("could not purge")
         await asyncio.sleep(PURGE_EVERY_S)
@@ -94,7 +94,7 @@ async def keep_learned(store: Store, counter: Counter) -> None:
         try:
             await store.keep_learned(facts)
         except StoreError as error:
-            log.warning("what was learned of models could not be kept: %s", error.message)
+            log.log(error.log_level, "what was learned of models could not be kept: %s", error.message)
         except Exception:
             log.exception("what was learned of models could not be kept")
 

@@ -105,7 +105,7 @@ class Watcher:
                     self.version = seen
                     self.anything.tell()
             except StoreError as error:
-                log.warning("could not look for changes: %s", error.message)
+                log.log(error.log_level, "could not look for changes: %s", error.message)
             await asyncio.sleep(LOOK_EVERY_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_S):
