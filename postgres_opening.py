@@ -48,11 +48,10 @@ async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncp
     """Raises: StoreError."""
     try:
         pool = await _pool(settings, known)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(pool.terminate)
             await _look_at_clock(pool, settings.connect_timeout_s)
-        except BaseException:
-            pool.terminate()
-            raise
+            stack.pop_all()
     except (*FAILURES, ValueError) as error:
         refusal = store_error(error, what)
         refusal.__cause__ = None  # it may tell the address, and so a password
