@@ -20,7 +20,7 @@ from chunks import BYTES_PER_TOKEN
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
-from errors import ProxyError
+from errors import ProxyError, StoreError
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from keeper import Asked, Course, Keeper, begin, note
@@ -372,6 +372,8 @@ class Turn:
     async def _failed(self, error: ProxyError) -> list[Event]:
         """The terminal event, and a record of the failure where one can be kept: clients know the id by now."""
         last = self.fail(error)
+        if isinstance(error, StoreError):  # the client need not wait for another one
+            return last
         try:
             await self._keeper.keep(self._machine, [])
         except ProxyError as failure:

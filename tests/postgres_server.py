@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -124,28 +125,103 @@ def _ask(url: str, statements: str) -> None:
 # -- the server of the package -----------------------------------------------------------------------------------------
 
 
+class Server:
+    """A PostgreSQL of one's own, which can be stopped, killed, frozen, and started again on the same data."""
+
+    def __init__(self, **options: str) -> None:
+        """Skips the test where there are no programs for it. It serves loopback too, when it is given a `port`."""
+        spec = importlib.util.find_spec("pgserver")
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("no PostgreSQL: PG_URL is not set, and the package pgserver has no wheel for this platform")
+        self._programs = Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of a socket may have 107 bytes
+        self._as_user: dict[str, Any] = {}
+        if os.name == "posix" and os.geteuid() == 0:
+            self._as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+            os.chown(self.folder, NOBODY, NOBODY)
+        self._options = {**OPTIONS, "unix_socket_directories": str(self.folder), **options}
+        self._data = self.folder / "data"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = int(options.get("port", 0))
+        self.url = f"postgresql://postgres@/postgres?host={quote(str(self.folder))}"
+        if self.port:
+            self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        init = [self._programs / "initdb", "-D", self._data, "-U", "postgres", "--encoding=utf8", "--no-sync", "-N"]
+        subprocess.run([*init, "--auth=trust"], check=True, capture_output=True, cwd=self.folder, timeout=50, **self._as_user)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        self.begin()
+        _wait_for(self.url, self.folder / "log")
+
+    def begin(self, **options: str) -> None:
+        options = {**self._options, **options}
+        command = [self._programs / "postgres", "-D", self._data, *(f"-c{key}={value}" for key, value in options.items())]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self._as_user)
+
+    def stop(self) -> None:
+        """In order: open connections are told, what has begun is rolled back."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """As the end of its machine: no process of it says a word more."""
+        own = self._processes()
+        for process in own:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """The system goes on to accept connections for it, and nobody answers them."""
+        for process in self._processes():
+            os.kill(process, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        for process in self._processes():
+            os.kill(process, signal.SIGCONT)
+
+    def restore(self) -> None:
+        """As `start` leaves it, whatever was done to it."""
+        self.thaw()
+        if self._process is None:
+            self.start()
+
+    def do(self, statements: str) -> None:
+        """In a session beside everybody else's."""
+        _ask(self.url, statements)
+
+    def _processes(self) -> list[int]:
+        """The first of them, which makes the others, comes first."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        main = self._process.pid
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        return [main, *map(int, children)]
+
+    def _end(self, by: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(by)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self.thaw()
+        self._end(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def _started() -> str:
-    spec = importlib.util.find_spec("pgserver")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("no PostgreSQL: PG_URL is not set, and the package pgserver has no wheel for this platform")
-    programs = Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of a socket may have 107 bytes
-    as_user: dict[str, Any] = {}
-    if os.name == "posix" and os.geteuid() == 0:
-        as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        os.chown(folder, NOBODY, NOBODY)
-    data = folder / "data"
-    init = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-sync", "-N"]
-    subprocess.run(init, check=True, capture_output=True, cwd=folder, timeout=50, **as_user)
-    options = [f"-c{name}={value}" for name, value in {**OPTIONS, "unix_socket_directories": str(folder)}.items()]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user
-        )
-    ENDS.append(partial(_stop, server, folder))
-    url = f"postgresql://postgres@/postgres?host={quote(str(folder))}"
-    _wait_for(url, folder / "log")
-    return url
+    server = Server()
+    ENDS.append(server.close)
+    server.start()
+    return server.url
 
 
 def _wait_for(url: str, log: Path) -> None:
@@ -161,13 +237,3 @@ def _until(seconds: float) -> Iterator[None]:
     for _ in range(int(seconds / 0.02)):
         yield
         wait.wait(0.02)
-
-
-def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
-    server.terminate()
-    try:
-        server.wait(5)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-    shutil.rmtree(folder, ignore_errors=True)
