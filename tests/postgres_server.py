@@ -147,16 +147,17 @@ class Server:
         if self.port:
             self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
         init = [self._programs / "initdb", "-D", self._data, "-U", "postgres", "--encoding=utf8", "--no-sync", "-N"]
-        subprocess.run([*init, "--auth=trust"], check=True, capture_output=True, cwd=self.folder, timeout=50, **self._as_user)
+        init = [*init, "--auth=trust"]
+        subprocess.run(init, check=True, capture_output=True, cwd=self.folder, timeout=50, **self._as_user)
 
     def start(self) -> None:
         """Returns when it answers."""
         self.begin()
         _wait_for(self.url, self.folder / "log")
 
-    def begin(self, **options: str) -> None:
-        options = {**self._options, **options}
-        command = [self._programs / "postgres", "-D", self._data, *(f"-c{key}={value}" for key, value in options.items())]
+    def begin(self) -> None:
+        options = [f"-c{name}={value}" for name, value in self._options.items()]
+        command = [self._programs / "postgres", "-D", self._data, *options]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self._as_user)
 

@@ -48,8 +48,8 @@ class Relay:
         assert own is not None
         self._open.add(own)
         try:
-            await self._flows.wait()
-            with contextlib.suppress(OSError, ExceptionGroup):
+            with contextlib.suppress(OSError, ExceptionGroup, asyncio.CancelledError):
+                await self._flows.wait()
                 their_reader, their_writer = await asyncio.open_connection("127.0.0.1", self._to)
                 try:
                     async with asyncio.TaskGroup() as group:
