@@ -61,7 +61,7 @@ class Ahead:
                 async with self._free:
                     await self._make(prompt, response_id, limit, tokens)
         except ProxyError as error:
-            log.warning("%s could not be compacted ahead: %s", response_id, error.logged)
+            log.log(error.log_level, "%s could not be compacted ahead: %s", response_id, error.logged)
 
     async def _make(self, prompt: Prompt, response_id: str, limit: float, tokens: float) -> None:
         lease = self._leases.lease(f"{AHEAD} {response_id}")

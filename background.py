@@ -182,7 +182,7 @@ class Background:
             try:
                 await work()
             except StoreError as error:
-                log.warning("the queue cannot be read or written: %s", error.message)
+                log.log(error.log_level, "the queue cannot be read or written: %s", error.message)
                 await asyncio.sleep(TRY_AGAIN_S)
             except Exception:
                 log.exception("the queue could not be looked after")
@@ -351,7 +351,7 @@ class Background:
             self.watcher.tell_queue()
             await self._forgetting.give_up()
         except StoreError as error:
-            log.warning("leases could not be given back: %s", error.message)
+            log.log(error.log_level, "leases could not be given back: %s", error.message)
 
     async def _give_back_one(self, held: Held, attempt: Attempt) -> None:
         attempt.end()

@@ -38,7 +38,7 @@ async def persistently(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except StoreError as error:
-            log.warning("tried again in %g s: %s", TRY_AGAIN_S, error.message)
+            log.log(error.log_level, "tried again in %g s: %s", TRY_AGAIN_S, error.message)
         await asyncio.sleep(TRY_AGAIN_S)
 
 
@@ -91,6 +91,8 @@ class RunLog:
     def __init__(self, home: Logs, run: Run) -> None:
         self.is_over = False
         self.is_settled = False
+        # Whether an end was sent of which nobody knows whether it was kept.
+        self._is_unsure = False
         self._home = home
         self._run = run
         self._is_streamed = run.next_number is not None
@@ -116,7 +118,7 @@ class RunLog:
                 await self._flush()
                 await asyncio.sleep(FLUSH_EVERY_S - time_of() % FLUSH_EVERY_S)
             except StoreError as error:
-                log.warning("events of %s wait: %s", self._run.response_id, error.message)
+                log.log(error.log_level, "events of %s wait: %s", self._run.response_id, error.message)
                 self._has_some.set()
                 await asyncio.sleep(TRY_AGAIN_S)
 
@@ -157,7 +159,22 @@ class RunLog:
 
     async def _settle(self, turn: NewTurn) -> bool:
         ending = Ending(turn, self._batch(), *self._home.lifetimes())
-        return await self._home.store.settle(self._run.held, ending)
+        try:
+            if await self._home.store.settle(self._run.held, ending):
+                return True
+        except StoreError:
+            self._is_unsure = True
+            raise
+        return self._is_unsure and await self._was_settled(turn)
+
+    async def _was_settled(self, turn: NewTurn) -> bool:
+        """Whether the claim is gone because this very end was kept, and only the answer was lost."""
+        kept = await self._home.store.response(self._run.owner, turn.id)
+        return kept is not None and (kept.status, kept.completed_at, kept.body) == (
+            turn.status,
+            turn.completed_at,
+            turn.body,
+        )
 
 
 class Follower:

@@ -20,6 +20,9 @@ LEASE_S = 30.0
 RENEW_EVERY_S = LEASE_S / 3
 ASK_AGAIN_S = 0.05
 RETURN_AGAIN_S = 0.1
+# How soon a lease that could not be renewed is tried again, and how long a lease that is given back holds anybody up.
+RENEW_AGAIN_S = 1.0
+GIVE_BACK_S = 1.0
 
 
 class Leases:
@@ -38,9 +41,10 @@ class Leases:
     async def give_back(self, lock: Lock, after: asyncio.Future[bool] | None = None) -> None:
         """At once, or as soon as the store can be written again; it runs out by itself in the meantime.
 
-        `after`: what has to be decided before. Who is cancelled meanwhile need not wait for it.
+        `after`: what has to be decided before. Who is cancelled meanwhile need not wait for it, nor does anybody for
+        a store that is slow.
         """
-        await asyncio.shield(self._own(self._give_back_now(lock, after)))
+        await asyncio.wait({self._own(self._give_back_now(lock, after))}, timeout=GIVE_BACK_S)
 
     def _own(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -54,7 +58,7 @@ class Leases:
         try:
             await self.store.release(lock)
         except StoreError as error:
-            log.warning("a lease could not be given back: %s", error.message)
+            log.log(error.log_level, "a lease could not be given back: %s", error.message)
             self._own(self._give_back_later(lock))
 
     async def _give_back_later(self, lock: Lock) -> None:
@@ -104,13 +108,15 @@ class Lease:
 
     async def _renew(self) -> None:
         """A store that cannot be written just now is tried again; a lease that was lost is noticed at the save."""
-        is_held = True
+        is_held, pause_s = True, RENEW_EVERY_S
         while is_held:
-            await asyncio.sleep(RENEW_EVERY_S)
+            await asyncio.sleep(pause_s)
             try:
                 is_held = await self._home.store.renew(self.lock, self._home.clock() + LEASE_S)
+                pause_s = RENEW_EVERY_S
             except StoreError as error:
-                log.warning("a lease could not be renewed: %s", error.message)
+                log.log(error.log_level, "a lease could not be renewed: %s", error.message)
+                pause_s = RENEW_AGAIN_S
 
     async def release(self) -> None:
         renewing, self._renewing = self._renewing, None

@@ -47,7 +47,7 @@ def response_to(error: Exception, request_id: str) -> Response:
     """The one place where an exception becomes an HTTP answer."""
     if isinstance(error, ProxyError):
         if error.http_status >= 500:
-            log.warning("answered %d: %s", error.http_status, error.logged)
+            log.log(error.log_level, "answered %d: %s", error.http_status, error.logged)
         return error_response(error)
     if isinstance(error, HTTPException):
         return error_response(ROUTING_ERRORS.get(error.status_code, NotFound)("Unknown request URL or method."))

@@ -29,6 +29,7 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.PostgresConnectionError, "has lost its connection"),
     (asyncpg.ClientConfigurationError, "has an address that cannot be understood"),
     (asyncpg.InterfaceError, "has lost its connection"),
+    (asyncpg.InternalClientError, "has lost its connection"),
     (TimeoutError, "does not answer in time"),
     (OSError, "cannot be reached"),
     (ValueError, "has an address that cannot be understood"),

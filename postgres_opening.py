@@ -60,16 +60,22 @@ async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncp
     """Raises: StoreError."""
     try:
         pool = await _pool(settings, known)
-        connection = await pool.acquire()
-        before_at = time.time()
-        theirs_at = await connection.fetchval(NOW)
-        _compare(theirs_at, before_at, time.time())
-        await pool.release(connection)
+        with contextlib.ExitStack() as stack:
+            stack.callback(pool.terminate)
+            await _look_at_clock(pool, settings.connect_timeout_s)
+            stack.pop_all()
     except (*FAILURES, ValueError) as error:
         refusal = store_error(error, what)
         refusal.__cause__ = None  # it may tell the address, and so a password
         raise refusal from None
     return pool
+
+
+async def _look_at_clock(pool: asyncpg.Pool, limit_s: float) -> None:
+    async with pool.acquire(timeout=limit_s) as connection:
+        before_at = time.time()
+        theirs_at = await connection.fetchval(NOW, timeout=limit_s)
+        _compare(theirs_at, before_at, time.time())
 
 
 def _compare(theirs_at: float, before_at: float, after_at: float) -> None:

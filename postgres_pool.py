@@ -137,7 +137,7 @@ class Verb:
         was_cancelled = _cancellations()
         if now() >= self._ends_at:
             raise Presence.told(store_error(TimeoutError()))
-        give_up_at, has_lost = min(now() + GRACE_S, self._ends_at), False
+        give_up_at, has_lost = min(now() + GRACE_S, self._ends_at), self._database.is_away
         for attempt in itertools.count(1):
             try:
                 return await self._database.attempt(work, min(now() + self._attempt_s, self._ends_at), give_up_at)
@@ -178,6 +178,10 @@ class Database:
         self._dropped_at = -math.inf
         # How many verbs wait for a connection.
         self.waiting = 0
+
+    @property
+    def is_away(self) -> bool:
+        return self._presence.is_away
 
     def verb(self, *, repeats: bool = True, is_patient: bool = False) -> Verb:
         """The deadline of a verb begins now."""

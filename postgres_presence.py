@@ -1,7 +1,7 @@
 """Whether the database answers: who asks while it does not, how long the others wait, and what the log is told.
 
 May not know statements or connections. Each change is one line in the log, and a reason that comes again and again is
-told once a minute.
+told once in a while.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("responses_proxy.store")
 GRACE_S = 2.0
 # How long it is between two tries at first, and at most; a part of that, so that many processes do not come at once.
 PAUSE_S, PAUSE_MAX_S = 0.1, 1.0
-TELL_AGAIN_S = 60.0
+TELL_AGAIN_S = 10.0
 
 Chance = Callable[[], float]
 

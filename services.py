@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -60,6 +62,10 @@ AUTH_MODES = {
     "keys": "keys of {} client(s)",
     "passthrough": "passthrough, the backend judges the client's own key",
 }
+# What a scrape waits for the store; it has a deadline of its own.
+LOAD_S = 2.0
+# How long a database that starts beside this process is waited for, and how often it is tried.
+START_S, START_AGAIN_S = 30.0, 1.0
 QUOTA_KEYS = frozenset(field.name for field in dataclasses.fields(QuotaSettings))
 
 
@@ -85,9 +91,12 @@ class Services:
         """What is to be told of the store; what it cannot tell just now is no number."""
         store = self.background.store
         try:
-            queue, size_bytes = await store.queue(), await store.size_bytes()
+            async with asyncio.timeout(LOAD_S):
+                queue, size_bytes = await store.queue(), await store.size_bytes()
         except StoreError as error:
-            log.warning("the queue could not be read: %s", error.message)
+            log.log(error.log_level, "the queue could not be read: %s", error.message)
+            return Load(math.nan, math.nan, store.waiting, math.nan)
+        except TimeoutError:
             return Load(math.nan, math.nan, store.waiting, math.nan)
         return Load(queue.queued, queue.running, store.waiting, size_bytes)
 
@@ -133,11 +142,27 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
 async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
     """Raises: SettingsError."""
     try:
-        store = await opener_of(settings.store.path)(settings.store)
+        store = await _opened_in_time(settings.store)
     except StoreError as error:
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
+
+
+async def _opened_in_time(settings: StoreSettings) -> RunStore:
+    """A database that is not there yet is waited for; one that refuses this program is not. Raises: StoreError."""
+    open_it, now = opener_of(settings.path), asyncio.get_running_loop().time
+    give_up_at = now() + START_S
+    for attempt in itertools.count():
+        try:
+            return await open_it(settings)
+        except StoreError as error:
+            if not error.is_passing or now() >= give_up_at:
+                raise
+            if not attempt:
+                log.warning("waiting for the database for %g s: %s", START_S, error.message)
+        await asyncio.sleep(START_AGAIN_S * (0.5 + random.random()))
+    raise AssertionError("it has returned or raised")
 
 
 def opener_of(path: str) -> Callable[[StoreSettings], Awaitable[RunStore]]:

@@ -330,7 +330,7 @@ class Connection:
             await self._respond(request, self._memory.lane(request.stream_id))
         except ProxyError as error:
             if error.http_status >= 500:
-                log.warning("%s: %s", request_id, error.logged)
+                log.log(error.log_level, "%s: %s", request_id, error.logged)
             await self._refuse(error, request.stream_id)
         except ClientGone:
             raise

@@ -21,7 +21,7 @@ from chunks import BYTES_PER_TOKEN
 from compaction import CompactionSettings
 from counting import Counter
 from dispatch import Ready, Renderer
-from errors import ProxyError
+from errors import ProxyError, StoreError
 from fitting import Fit, FitMeans, Fitter
 from history import sealable
 from keeper import Asked, Course, Keeper, begin, note
@@ -290,7 +290,7 @@ class Turn:
                 async for batch in batches:
                     yield batch
         except ProxyError as error:
-            log.warning("turn failed: %s", error.logged)
+            log.log(error.log_level, "turn failed: %s", error.logged)
             yield await self._failed(error)
         except Exception:
             log.exception("turn failed on a fault of this proxy")
@@ -348,7 +348,7 @@ class Turn:
         try:
             await asyncio.shield(saving)
         except ProxyError as error:
-            log.warning("turn could not be kept: %s", error.logged)
+            log.log(error.log_level, "turn could not be kept: %s", error.logged)
             return last + await self._failed(error)
         except asyncio.CancelledError:
             self._unsaid = last
@@ -372,10 +372,12 @@ class Turn:
     async def _failed(self, error: ProxyError) -> list[Event]:
         """The terminal event, and a record of the failure where one can be kept: clients know the id by now."""
         last = self.fail(error)
+        if isinstance(error, StoreError):  # the client need not wait for another one
+            return last
         try:
             await self._keeper.keep(self._machine, [])
         except ProxyError as failure:
-            log.warning("a failed turn could not be kept: %s", failure.logged)
+            log.log(failure.log_level, "a failed turn could not be kept: %s", failure.logged)
         return last
 
     def fail(self, error: ProxyError) -> list[Event]:

@@ -89,7 +89,7 @@ async def _purge_on_duty(duty: Duty, store: Store, settings: StoreSettings, cloc
         if await duty.is_ours():
             await purge(store, settings, clock())
     except StoreError as error:
-        log.warning("could not purge: %s", error.message)
+        log.log(error.log_level, "could not purge: %s", error.message)
     except Exception:
         log.exception("could not purge")
 
@@ -112,7 +112,7 @@ async def share_learned(leases: Leases, counter: Counter) -> None:
         else:
             await _keep_learned(leases, counter)
     except StoreError as error:
-        log.warning("what was learned of models could not be kept: %s", error.message)
+        log.log(error.log_level, "what was learned of models could not be kept: %s", error.message)
     except Exception:
         log.exception("what was learned of models could not be kept")
 

@@ -135,7 +135,7 @@ class Watcher:
                     self._seen = seen
                     self._tell_anything()
             except StoreError as error:
-                log.warning("could not look for changes: %s", error.message)
+                log.log(error.log_level, "could not look for changes: %s", error.message)
             await self._pause()
 
     async def _pause(self) -> None:

@@ -1,0 +1,37 @@
+"""A database of its own for a module of tests that lose it. A plugin that they name."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from losses import SECRET, Site
+from postgres_server import Server
+from relay import Relay
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server(port=str(free_port()), listen_addresses="127.0.0.1")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+async def site(server: Server, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    monkeypatch.setattr("postgres_pool.GRACE_S", 0.5)
+    async with Relay(server.port).running() as relay:
+        yield Site(server, relay, f"postgresql://postgres:{SECRET}@127.0.0.1:{relay.port}/postgres")
+    await asyncio.to_thread(server.restore)
