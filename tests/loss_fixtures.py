@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from losses import SECRET, Site
-from postgres_server import Server
+from postgres_program import Server
+from postgres_server import OPTIONS, server_with
 from relay import Relay
 
 
@@ -21,7 +22,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server(port=str(free_port()), listen_addresses="127.0.0.1")
+    server = server_with({**OPTIONS, "port": str(free_port()), "listen_addresses": "127.0.0.1"})
     server.start()
     try:
         yield server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any, NamedTuple
 
-from postgres_server import Server
+from postgres_program import Server
 from relay import Relay
 
 KEY = base64.b64encode(bytes(32)).decode()

@@ -132,6 +132,18 @@ class Server:
         if self.process is None:
             self.start()
 
+    def do(self, statements: str) -> None:
+        """In a session beside everybody else's."""
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, self._do(statements)).result()
+
+    async def _do(self, statements: str) -> None:
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.execute(statements)
+        finally:
+            await connection.close()
+
     def _send(self, number: int) -> None:
         for process in self._processes():
             with contextlib.suppress(ProcessLookupError):

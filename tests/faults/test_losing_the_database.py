@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import App, StartApp, settings_of
 from losses import KEY, LIMIT_S, QUICK, SECRET, Site
-from postgres_server import Server
+from postgres_program import Server
 from scripted import END, Backend, Script, chunk, streamed
 
 from errors import StoreError
