@@ -141,12 +141,17 @@ async def test_each_schema_hears_its_own(stack: AsyncExitStack, place: PostgresP
     assert (two.heard, other.heard) == ({"resp_own"}, set())
 
 
-async def test_the_last_words_of_a_process_are_heard(stack: AsyncExitStack, place: PostgresPlace) -> None:
+async def test_the_last_words_of_a_process_are_heard(
+    stack: AsyncExitStack, place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_news, "GATHER_S", 3600.0)
     one = await an_ear(stack, place)
     async with AsyncExitStack() as other:
         ending = await an_ear(other, place)
         ending.store.announce("resp_1")
-    await one.until_heard("resp_1")
+        await one.until_heard("resp_1")
+        ending.store.announce("resp_2")
+    await one.until_heard("resp_2")
 
 
 async def test_what_could_not_be_told_is_told_later(
@@ -209,7 +214,7 @@ class Stuck:
         self._execute = connection.execute
 
     async def fetchrow(self, *_: Any) -> Any:
-        await self._execute("SELECT pg_sleep(60)")
+        await self._execute("SELECT pg_sleep(1)")
 
 
 async def test_a_store_that_cannot_hear_says_so_once_and_is_looked_at(
@@ -318,15 +323,16 @@ async def test_a_run_that_a_program_leaves_to_others_is_begun_by_one_that_hears_
 
 async def test_children_that_become_ready_are_carried_out_by_all(start_hearing: StartHearing, backend: Backend) -> None:
     script, goes_on = gated()
-    first, second = await start_hearing(workers=1), await start_hearing(workers=0)
-    backend.script(script, gated()[0], streamed("Hi"))
-    parent = (await created(first))["id"]
+    backend.script(script, gated()[0])
+    makers = [await start_hearing(workers=1)]
+    parent = (await created(makers[0]))["id"]
     await backend.received()
-    children = [(await created(second, {**RUN, "previous_response_id": parent}))["id"] for _ in range(2)]
-    third = await start_hearing(workers=1)
+    for _ in range(2):
+        await created(makers[0], {**RUN, "previous_response_id": parent})
+    makers.append(await start_hearing(workers=1))
     goes_on.set()
-    assert (await ended(third, parent))["status"] == "completed"
-    assert (await ended(second, children[1]))["status"] == "completed"
+    for _ in makers:
+        await backend.received()
 
 
 async def test_a_cancel_through_another_program_ends_the_call_of_the_backend(
@@ -382,10 +388,13 @@ async def test_what_a_program_gives_back_at_its_end_is_begun_by_another(
 
 
 async def test_behind_a_pooler_a_cancel_through_another_program_is_seen(
-    pool: dict[str, Any], start_app: StartApp, backend: Backend
+    pool: dict[str, Any], backend: Backend, stack: AsyncExitStack
 ) -> None:
     maker, other = [
-        await start_app(store=pool, sealing={"keys": (KEY,)}, background={"workers": workers}) for workers in (2, 0)
+        await stack.enter_async_context(
+            running_app(settings_of(backend.url, store=pool, sealing={"keys": (KEY,)}, background={"workers": workers}))
+        )
+        for workers in (2, 0)
     ]
     backend.script(Script((chunk(content="Hel"),), end="silent"), streamed("Hi"))
     response = await created(maker)
