@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -121,28 +122,28 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         yield services
 
 
-async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
-    """Raises: SettingsError."""
+async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack, may_make: bool = True) -> RunStore:
+    """`may_make`: where a database holds none. Raises: SettingsError."""
     try:
-        store = await opener_of(settings.store.path)(settings.store)
+        store = await opener_of(settings.store.path, may_make)(settings.store)
     except StoreError as error:
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
 
 
-def opener_of(path: str) -> Callable[[StoreSettings], Awaitable[RunStore]]:
+def opener_of(path: str, may_make: bool = True) -> Callable[[StoreSettings], Awaitable[RunStore]]:
     """What opens a store of this kind. Raises: SettingsError for a database without the package that speaks to it."""
     if not is_database(path):
         return open_store
     try:
-        found: Callable[[StoreSettings], Awaitable[RunStore]] = importlib.import_module("store_postgres").open_store
+        found: Callable[..., Awaitable[RunStore]] = importlib.import_module("store_postgres").open_store
     except ModuleNotFoundError as error:
         needed = "pip install 'responses-proxy[postgres]'"
         raise SettingsError(
             f"store.path: a database needs the extra 'postgres': {needed} ({error.name} is missing)"
         ) from error
-    return found
+    return partial(found, may_make=may_make)
 
 
 def version() -> str:

@@ -27,8 +27,8 @@ NAME = "responses-proxy"
 CACHED_STATEMENTS = 256
 
 
-async def open_store(settings: StoreSettings) -> RunStore:
-    """The store in a database, whose tables are made where there are none.
+async def open_store(settings: StoreSettings, may_make: bool = True) -> RunStore:
+    """The store in a database, whose tables are made where there are none if that may be.
 
     Raises: StoreError when the database cannot be used.
     """
@@ -36,7 +36,7 @@ async def open_store(settings: StoreSettings) -> RunStore:
     async with contextlib.AsyncExitStack() as stack:
         db = Database(await _connected(what, settings), settings.busy_timeout_s)
         stack.push_async_callback(db.close)
-        await db.write(partial(_migrate, what))
+        await db.write(partial(_migrate, what, may_make))
         stack.pop_all()
     return PostgresStore(db)
 
@@ -73,8 +73,8 @@ async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
     """No verb leaves anything in its session, and to make sure of that costs as much as a verb."""
 
 
-async def _migrate(what: str, db: Transaction) -> None:
-    """Makes the tables, or brings them up to date.
+async def _migrate(what: str, may_make: bool, db: Transaction) -> None:
+    """Makes the tables if that may be, or brings them up to date.
 
     Raises: StoreError for those of a newer version or of another program, which stay as they are.
     """
@@ -83,6 +83,8 @@ async def _migrate(what: str, db: Transaction) -> None:
     version = await _version(what, db) if found and found["is_there"] else None
     if version == len(MIGRATIONS):
         return
+    if version is None and not may_make:
+        raise StoreError(f"{what} holds no store of this program.")
     try:
         for statement in () if version is not None else (VERSION_TABLE, "INSERT INTO responses_proxy VALUES (0)"):
             await db.run(statement)
