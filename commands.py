@@ -45,7 +45,7 @@ async def check(settings: Settings) -> int:
 async def check_store(settings: Settings) -> int:
     """Prints what is damaged in the store; 1 when something is."""
     async with contextlib.AsyncExitStack() as stack:
-        problems = await (await opened_store(settings, stack)).problems()
+        problems = await (await opened_store(settings, stack, may_make=False)).problems()
     print("\n".join(problems) or f"{shown(settings.store.path)}: ok")
     return 1 if problems else 0
 
@@ -53,7 +53,7 @@ async def check_store(settings: Settings) -> int:
 async def purge_once(settings: Settings) -> int:
     """The command `purge`, for a timer of the system."""
     async with contextlib.AsyncExitStack() as stack:
-        purged = await purge(await opened_store(settings, stack), settings.store, time.time())
+        purged = await purge(await opened_store(settings, stack, may_make=False), settings.store, time.time())
     print(f"{shown(settings.store.path)}: {purged.responses} responses purged, {purged.freed_bytes} bytes given back")
     return 0
 
@@ -61,7 +61,7 @@ async def purge_once(settings: Settings) -> int:
 async def show_jobs(settings: Settings, is_watched: bool) -> int:
     """The command `jobs`: the background responses that have not ended, again every second when they are watched."""
     async with contextlib.AsyncExitStack() as stack:
-        store = await opened_store(settings, stack)
+        store = await opened_store(settings, stack, may_make=False)
         print(jobs_table(await store.runs(), time.time()))
         while is_watched:
             await asyncio.sleep(JOBS_EVERY_S)

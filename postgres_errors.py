@@ -16,6 +16,7 @@ STORE = "The store of responses"
 REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.InvalidAuthorizationSpecificationError, "refuses the user or the password"),
     (asyncpg.InvalidCatalogNameError, "has no database of that name"),
+    (asyncpg.InvalidSchemaNameError, "has no schema of the name in its address"),
     (asyncpg.InsufficientPrivilegeError, "may not be read or written by this user"),
     (asyncpg.TooManyConnectionsError, "takes no more connections"),
     (asyncpg.DiskFullError, "has no space left on its disk"),
@@ -52,6 +53,7 @@ LOST = (
 LASTING = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidSchemaNameError,
     asyncpg.InsufficientPrivilegeError,
     asyncpg.ClientConfigurationError,
     ValueError,

@@ -40,8 +40,8 @@ CLOCKS_APART_S = 2.0
 ANSWER_WITHIN_S = 5.0
 
 
-async def opened_database(settings: StoreSettings) -> Database:
-    """The database, whose tables are made where there are none.
+async def opened_database(settings: StoreSettings, may_make: bool) -> Database:
+    """The database, whose tables are made where there are none if that may be.
 
     Raises: StoreError when it cannot be used.
     """
@@ -51,7 +51,7 @@ async def opened_database(settings: StoreSettings) -> Database:
     async with contextlib.AsyncExitStack() as stack:
         db = Database(await _connected(what, settings, known), known, limits)
         stack.push_async_callback(db.close)
-        await db.verb(is_patient=True).write(partial(_migrate, what))
+        await db.verb(is_patient=True).write(partial(_migrate, what, may_make))
         stack.pop_all()
     return db
 
@@ -128,8 +128,8 @@ async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
     """No verb leaves anything in its session, and to make sure of that costs as much as a verb."""
 
 
-async def _migrate(what: str, db: Transaction) -> None:
-    """Makes the tables, or brings them up to date.
+async def _migrate(what: str, may_make: bool, db: Transaction) -> None:
+    """Makes the tables if that may be, or brings them up to date.
 
     Raises: StoreError for those of a newer version or of another program, which stay as they are.
     """
@@ -138,6 +138,8 @@ async def _migrate(what: str, db: Transaction) -> None:
     version = await _version(what, db) if found and found["is_there"] else None
     if version == len(MIGRATIONS):
         return
+    if version is None and not may_make:
+        raise StoreError(f"{what} holds no store of this program.")
     try:
         for statement in () if version is not None else (VERSION_TABLE, "INSERT INTO responses_proxy VALUES (0)"):
             await db.run(statement)

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -139,19 +140,19 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         yield services
 
 
-async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack) -> RunStore:
-    """Raises: SettingsError."""
+async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack, may_make: bool = True) -> RunStore:
+    """`may_make`: where a database holds none. Raises: SettingsError."""
     try:
-        store = await _opened_in_time(settings.store)
+        store = await _opened_in_time(settings.store, may_make)
     except StoreError as error:
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
 
 
-async def _opened_in_time(settings: StoreSettings) -> RunStore:
+async def _opened_in_time(settings: StoreSettings, may_make: bool) -> RunStore:
     """A database that is not there yet is waited for; one that refuses this program is not. Raises: StoreError."""
-    open_it, now = opener_of(settings.path), asyncio.get_running_loop().time
+    open_it, now = opener_of(settings.path, may_make), asyncio.get_running_loop().time
     give_up_at = now() + START_S
     for attempt in itertools.count():
         try:
@@ -165,18 +166,18 @@ async def _opened_in_time(settings: StoreSettings) -> RunStore:
     raise AssertionError("it has returned or raised")
 
 
-def opener_of(path: str) -> Callable[[StoreSettings], Awaitable[RunStore]]:
+def opener_of(path: str, may_make: bool = True) -> Callable[[StoreSettings], Awaitable[RunStore]]:
     """What opens a store of this kind. Raises: SettingsError for a database without the package that speaks to it."""
     if not is_database(path):
         return open_store
     try:
-        found: Callable[[StoreSettings], Awaitable[RunStore]] = importlib.import_module("store_postgres").open_store
+        found: Callable[..., Awaitable[RunStore]] = importlib.import_module("store_postgres").open_store
     except ModuleNotFoundError as error:
         needed = "pip install 'responses-proxy[postgres]'"
         raise SettingsError(
             f"store.path: a database needs the extra 'postgres': {needed} ({error.name} is missing)"
         ) from error
-    return found
+    return partial(found, may_make=may_make)
 
 
 def version() -> str:

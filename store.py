@@ -7,6 +7,7 @@ One writer puts everything that waits into one transaction and one hop to its th
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Pa
 
 T = TypeVar("T")
 
+# What is meant as an address, well formed or not: it may hold a password.
+ADDRESS = re.compile(r".*://|[^/\\]+:[^@]*@", re.DOTALL)
 CACHE_KB = 16_000
 JOURNAL_BYTES = 64 * 1024 * 1024
 
@@ -47,6 +50,10 @@ class StoreSettings:
     connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     statement_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     listen_url: str = ""
+
+    def __post_init__(self) -> None:
+        if ADDRESS.match(self.path) and not is_database(self.path):
+            raise ValueError("path: expected a file, ':memory:' or 'postgresql://…', got an address of another kind")
 
 
 def is_database(path: str) -> bool:

@@ -22,12 +22,12 @@ from store import StoreSettings
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
 
-async def open_store(settings: StoreSettings) -> RunStore:
-    """The store in a database, whose tables are made where there are none.
+async def open_store(settings: StoreSettings, may_make: bool = True) -> RunStore:
+    """The store in a database, whose tables are made where there are none if that may be.
 
     Raises: StoreError when the database cannot be used.
     """
-    db = await opened_database(settings)
+    db = await opened_database(settings, may_make)
     return PostgresStore(db, News(db, partial(listener, settings), is_direct=bool(settings.listen_url)))
 
 

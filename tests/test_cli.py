@@ -19,9 +19,9 @@ import aiohttp
 import pytest
 from conftest import ROOT
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain
+from store_places import Place
 
 from jobs import CLEAR
-from store import StoreSettings, open_store
 
 HI = {"model": "m", "input": "Hi"}
 LISTENING = re.compile(r"running on (http://\S+)")
@@ -301,18 +301,16 @@ def running_script() -> Script:
 
 
 @pytest.fixture
-async def file(tmp_path: Path) -> Path:
+async def empty(place: Place) -> Place:
     """A store without anything in it."""
-    path = tmp_path / "responses.db"
-    store = await open_store(StoreSettings(str(path)))
-    await store.close()
-    return path
+    await (await place.open()).close()
+    return place
 
 
 @contextlib.asynccontextmanager
-async def watched(file: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def watched(place: Place) -> AsyncIterator[asyncio.subprocess.Process]:
     """The command `jobs --watch`, stopped by its pid at the end."""
-    command = (sys.executable, str(ROOT / "proxy.py"), "jobs", "--watch", "--store", str(file))
+    command = (sys.executable, str(ROOT / "proxy.py"), "jobs", "--watch", "--store", place.address)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, env=environment(), stdout=pipe, stderr=pipe)
     try:
@@ -335,27 +333,25 @@ async def next_table(process: asyncio.subprocess.Process) -> str:
     return "".join(lines)
 
 
-async def test_jobs_shows_what_waits_and_what_runs(backend: Backend, file: Path) -> None:
+async def test_jobs_shows_what_waits_and_what_runs(backend: Backend, place: Place) -> None:
     backend.script(running_script())
-    environ = {"RESPONSES_PROXY_BACKGROUND__WORKERS": "1"}
-    async with started(
-        "proxy.py", "--upstream", backend.url, "--port", "0", "--store", str(file), **environ
-    ) as process:
+    environ = {"RESPONSES_PROXY_BACKGROUND__WORKERS": "1", **place.environ}
+    async with started("proxy.py", "--upstream", backend.url, "--port", "0", **environ) as process:
         ids = []
         async with aiohttp.ClientSession() as session:
             for _ in range(2):
                 async with session.post(f"{process.url}/v1/responses", json={**HI, "background": True}) as answer:
                     ids.append((await answer.json())["id"])
             await backend.received()
-        done = await asyncio.to_thread(run, "jobs", "--store", str(file))
+        done = await asyncio.to_thread(run, "jobs", "--store", place.address)
     heading, first, second, counts = done.stdout.splitlines()
     assert (done.returncode, done.stderr, counts) == (0, "", "1 queued, 1 running")
     assert heading.split() == ["RESPONSE", "OWNER", "STATE", "AGE", "ATTEMPT", "EVENTS"]
     assert [line.split()[:3] for line in (first, second)] == [[ids[0], "-", "running"], [ids[1], "-", "queued"]]
 
 
-async def test_jobs_of_a_file_without_any_says_so(file: Path) -> None:
-    done = await asyncio.to_thread(run, "jobs", "--store", str(file))
+async def test_jobs_of_a_store_without_any_says_so(empty: Place) -> None:
+    done = await asyncio.to_thread(run, "jobs", "--store", empty.address)
     assert (done.returncode, done.stdout, done.stderr) == (0, NO_JOBS, "")
 
 
@@ -374,11 +370,11 @@ def test_jobs_of_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("responses-proxy: ")
 
 
-async def test_watched_jobs_are_shown_again_when_they_change(backend: Backend, file: Path) -> None:
+async def test_watched_jobs_are_shown_again_when_they_change(backend: Backend, empty: Place) -> None:
     backend.script(running_script())
     async with (
-        started("proxy.py", "--upstream", backend.url, "--port", "0", "--store", str(file)) as process,
-        watched(file) as jobs,
+        started("proxy.py", "--upstream", backend.url, "--port", "0", **empty.environ) as process,
+        watched(empty) as jobs,
         aiohttp.ClientSession() as session,
     ):
         assert await next_table(jobs) == NO_JOBS
@@ -393,8 +389,8 @@ async def test_watched_jobs_are_shown_again_when_they_change(backend: Backend, f
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_watched_jobs_end_at_a_signal_without_a_traceback(file: Path, number: int) -> None:
-    async with watched(file) as jobs:
+async def test_watched_jobs_end_at_a_signal_without_a_traceback(empty: Place, number: int) -> None:
+    async with watched(empty) as jobs:
         await next_table(jobs)
         jobs.send_signal(number)
         async with asyncio.timeout(DEADLINE_S):
@@ -402,9 +398,10 @@ async def test_watched_jobs_end_at_a_signal_without_a_traceback(file: Path, numb
     assert b"Traceback" not in said
 
 
-async def test_a_table_is_there_at_once_for_who_reads_it_through_a_pipe(file: Path) -> None:
+@pytest.mark.stores("file")
+async def test_a_table_is_there_at_once_for_who_reads_it_through_a_pipe(empty: Place) -> None:
     """The first table is not kept in a buffer until the second one comes."""
-    async with watched(file) as jobs:
+    async with watched(empty) as jobs:
         assert (await next_table(jobs)).startswith("RESPONSE")
 
 

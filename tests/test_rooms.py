@@ -119,7 +119,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "settings": (7, 250, {"msgspec"}),
     "listening": (8, 200, {"httptools", "uvicorn"}),
     "upkeep": (8, 150, set()),
-    "services": (8, 300, set()),
+    "services": (8, 325, set()),
     "edge": (8, 450, {"msgspec", "orjson", "starlette"}),
     "outermost": (8, 250, {"orjson", "starlette"}),
     "commands": (8, 225, set()),

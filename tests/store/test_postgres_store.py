@@ -17,7 +17,7 @@ from postgres_server import Beside
 from run_builders import begin, queued, waiting_ids
 from scripted import Backend, Script, chunk, plain, streamed
 from store_builders import NOW, OWNER, both_of, save_chain, turn, window_ids
-from store_places import PostgresPlace
+from store_places import MemoryPlace, Place, PostgresPlace
 
 import postgres_pool
 from errors import StoreError
@@ -44,17 +44,29 @@ def empty(place: PostgresPlace) -> Iterator[str]:
         beside.do(f"DROP SCHEMA {name} CASCADE")
 
 
+def form_of(member: Any) -> Any:
+    """How a member of a store is used: what it takes and gives, and whether it is awaited."""
+    if isinstance(member, property):
+        return property, inspect.signature(member.fget)  # type: ignore[arg-type]
+    assert inspect.isfunction(member), member
+    return inspect.iscoroutinefunction(member), inspect.signature(member)
+
+
 def verbs_of(kind: type[Any]) -> dict[str, Any]:
-    names = [name for name in dir(kind) if not name.startswith("_")]
-    return {
-        name: inspect.signature(member) if callable(member := inspect.getattr_static(kind, name)) else type(member)
-        for name in names
-    }
+    """All that is public, whatever it is."""
+    return {name: form_of(inspect.getattr_static(kind, name)) for name in dir(kind) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("kind", [SQLiteStore, PostgresStore])
 def test_each_store_has_the_verbs_of_the_protocol_and_no_others(kind: type[Any]) -> None:
     assert verbs_of(kind) == verbs_of(RunStore)
+
+
+@pytest.mark.stores("memory", "file", "postgres")
+async def test_an_open_store_has_nothing_public_but_its_verbs(kept_in: MemoryPlace | Place) -> None:
+    store = await kept_in.open()
+    assert {name for name in dir(store) if not name.startswith("_")} == set(verbs_of(RunStore))
+    await store.close()
 
 
 # -- its address -------------------------------------------------------------------------------------------------------
@@ -72,6 +84,55 @@ def test_each_store_has_the_verbs_of_the_protocol_and_no_others(kind: type[Any])
 )
 def test_a_store_is_shown_without_its_password(path: str, expected: str) -> None:
     assert shown(path) == expected
+
+
+COMMANDS = (["check", "--store"], ["purge", "--store"], ["jobs", "--store"], ["keys", "rotate", "--store"])
+SECRET = "s3cr3t"
+UNUSABLE = [
+    f"postgresql://me:{SECRET}@127.0.0.1:1/name",
+    f"postgresql://me:{SECRET}@127.0.0.1:port/name",
+    f"postgresql:///name?password={SECRET}&host=/nowhere",
+    # Not quite an address of a database, and still no file.
+    f"postgresql+asyncpg://me:{SECRET}@127.0.0.1:1/name",
+    f"POSTGRESQL://me:{SECRET}@127.0.0.1:1/name",
+    f"postgresql:/me:{SECRET}@127.0.0.1:1/name",
+    f"me:{SECRET}@127.0.0.1/name",
+]
+
+
+@pytest.mark.parametrize("address", UNUSABLE)
+@pytest.mark.parametrize("command", COMMANDS[:3], ids="-".join)
+def test_a_command_that_cannot_use_a_database_says_so_in_one_line_without_its_password(
+    command: list[str], address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*command, address])
+    out, err = capsys.readouterr()
+    assert (code, out, len(err.splitlines()), SECRET in err) == (2, "", 1, False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids="-".join)
+def test_a_command_tells_nothing_of_the_password_of_its_database(
+    place: PostgresPlace, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*command, f"{place.url}&password={SECRET}"])
+    out, err = capsys.readouterr()
+    assert (code, out != "", err, SECRET in out) == (0, True, "", False)
+
+
+@pytest.mark.parametrize("command", COMMANDS[:3], ids="-".join)
+def test_a_command_makes_no_tables_where_there_are_none(
+    empty: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, empty]) == 2
+    out, err = capsys.readouterr()
+    assert (out, "holds no store of this program" in err) == ("", True)
+    with closing(Beside(empty)) as beside:
+        assert beside.asked("SELECT FROM pg_tables WHERE schemaname = current_schema()") == []
+
+
+async def test_a_schema_that_is_not_there_is_named_as_the_reason(place: PostgresPlace) -> None:
+    with pytest.raises(StoreError, match="has no schema of the name in its address"):
+        await open_store(StoreSettings(path=f"{place.url}_not_there"))
 
 
 @pytest.mark.parametrize(
