@@ -27,6 +27,7 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.CannotConnectNowError, "is starting or stopping"),
     (asyncpg.AdminShutdownError, "is stopping"),
     (asyncpg.CrashShutdownError, "is stopping"),
+    (asyncpg.ProtocolViolationError, "or a pooler before it refuses how this connection begins"),
     (asyncpg.PostgresConnectionError, "has lost its connection"),
     (asyncpg.ClientConfigurationError, "has an address that cannot be understood"),
     (asyncpg.InterfaceError, "has lost its connection"),

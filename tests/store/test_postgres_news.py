@@ -194,7 +194,7 @@ async def test_a_lost_connection_is_made_again_and_what_was_missed_is_looked_for
 async def test_a_connection_that_does_not_answer_is_found_by_who_looks(
     stack: AsyncExitStack, place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("store_postgres.ANSWER_WITHIN_S", 0.5)
+    monkeypatch.setattr("postgres_opening.ANSWER_WITHIN_S", 0.5)
     monkeypatch.setattr(postgres_news, "FIRST_PAUSE_S", 0.01)
     ear = await an_ear(stack, place)
     real, ear.store._news._connection = ear.store._news._connection, Stuck(ear.store._news._connection)  # type: ignore[attr-defined]
