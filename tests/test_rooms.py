@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "postgres_runs": (2, 400, set()),
     "store_postgres": (2, 300, {"asyncpg"}),
     "once": (2, 100, set()),
-    "admissions": (2, 300, set()),
+    "admissions": (2, 350, set()),
     "records": (2, 250, {"msgspec", "orjson"}),
     "lists": (2, 150, {"orjson"}),
     "calls": (2, 250, {"orjson"}),
