@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -128,6 +129,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     mark = metafunc.definition.get_closest_marker("stores")
     kinds = mark.args if mark else ("file", "postgres")
+    own = [str(each.args[0]) for each in metafunc.definition.iter_markers("parametrize")]
+    if any("place" in re.split(r"\W+", names) for names in own):
+        return
     if "place" in metafunc.fixturenames:
         shared = dict.fromkeys("file" if kind == "memory" else kind for kind in kinds)
         metafunc.parametrize("place", list(shared), indirect=True)

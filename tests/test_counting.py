@@ -8,6 +8,7 @@ import random
 from operator import sub
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,12 +290,56 @@ def test_what_was_learned_is_the_same_when_it_is_read_again(counts: list[tuple[S
     assert (again.seen, again.tokens(size), again.kept()) == (len(counts), weights.tokens(size), weights.kept())
 
 
+def taught(*counts: tuple[Size, float]) -> Weights:
+    weights = Weights()
+    for counted in counts:
+        weights.learn(*counted)
+    return weights
+
+
+def numbers(weights: Weights) -> list[float]:
+    seen, sums = orjson.loads(weights.kept())
+    return [seen, *sums]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(COUNTED, max_size=4), st.lists(COUNTED, max_size=4))
+def test_what_is_put_behind_what_others_learned_is_as_if_it_was_learned_after_it(
+    first: list[tuple[Size, float]], second: list[tuple[Size, float]]
+) -> None:
+    weights = taught(*second)
+    weights.goes_on_from(restored(taught(*first).kept()))
+    assert numbers(weights) == pytest.approx(numbers(taught(*first, *second)), rel=1e-9)
+
+
+def test_what_was_told_in_vain_is_news_still() -> None:
+    size = Size(text=100, entries=1)
+    weights, others = taught((size, 500)), restored(taught((size, 300)).kept())
+    told = weights.told()
+    weights.learn(size, 700)
+    weights.take_back(told)
+    weights.goes_on_from(others)
+    assert numbers(weights) == pytest.approx(numbers(taught((size, 300), (size, 500), (size, 700))), rel=1e-9)
+
+
 # -- all models --------------------------------------------------------------------------------------------------------
 
 
 def facts_of(counter: Counter) -> dict[str, bytes]:
     """What a counter tells, as it is kept."""
     return {name: told.kept for name, told in counter.tell().items()}
+
+
+def test_what_others_tell_is_put_before_what_was_learned_since() -> None:
+    counter, other, size = Counter(), Counter(), Size(text=100, entries=1, whole=1)
+    for _ in range(10):
+        counter.learn("a", size, 1000)
+        other.learn("a", size, 1000)
+    told = facts_of(other)
+    counter.remember(told)
+    counter.remember(told)
+    assert orjson.loads(facts_of(counter)["bytes a"])[0] == 20
+    assert counter.has_news is False
 
 
 def test_each_model_has_weights_of_its_own() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from compacting import FILLER, MODES, Talker, answered, asked, backend, turn
 from conftest import App, StartApp, at, running_app, settings_of
-from scripted import Script
+from controlled import controlled
+from replicas import StartReplica, replica
+from scripted import DEADLINE_S, Script
 from store_places import Place
 
-__all__ = ["backend"]
+from errors import StoreError
+
+__all__ = ["backend", "replica"]
 Json = dict[str, Any]
 # A model whose vocabulary has far more tokens for a text than others have.
 WEIGHT = 3
@@ -71,6 +76,50 @@ async def test_another_process_goes_on_learning_where_the_first_one_was(backend:
         ((value,),) = (kept_at(place).values(),)
         seen.append(json.loads(value)[0])
     assert seen == [11, 22]
+
+
+async def test_what_one_process_learns_another_one_knows_soon(
+    replica: StartReplica, backend: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upkeep.SHARE_LEARNED_EVERY_S", 0.01)
+    backend.answer = counted
+    one, two = await replica(), await replica()
+    await estimate(two, QUESTION)
+    await taught(one)
+    async with asyncio.timeout(DEADLINE_S):
+        while await estimate(two, QUESTION) != pytest.approx(TRUE, rel=0.05):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+async def test_what_two_processes_learn_at_once_is_all_kept(
+    replica: StartReplica, backend: Talker, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upkeep.SHARE_LEARNED_EVERY_S", 0.001)
+    backend.answer = counted
+    apps = [await replica() for _ in range(2)]
+    await asyncio.gather(*(taught(app) for app in apps))
+    async with asyncio.timeout(DEADLINE_S):
+        while seen_at(place) != 22:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+def seen_at(place: Place) -> int:
+    """How many counts were learned from, by what is kept."""
+    found = place.asked("SELECT value FROM learned")
+    return int(json.loads(found[0][0])[0]) if found else 0
+
+
+async def test_what_could_not_be_kept_is_kept_later(app: App, backend: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upkeep.SHARE_LEARNED_EVERY_S", 0.001)
+    keeping = controlled("keep_learned", monkeypatch)
+    keeping.failure = StoreError("The store of responses may not be written.")
+    backend.answer = counted
+    await taught(app)
+    await keeping.once_more("failed", times=3)
+    learned = await estimate(app, QUESTION)
+    keeping.failure = None
+    await keeping.once_more("done")
+    assert (learned, await estimate(app, QUESTION)) == (pytest.approx(TRUE, rel=0.05), learned)
 
 
 async def test_what_a_model_taught_decides_when_a_first_turn_is_compacted(start_app: StartApp, backend: Talker) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import App, StartApp
-from replicas import PLACES, Place, place_of, sections_of
+from conftest import App, StartApp, at
+from replicas import PLACES, place_of
 from scripted import DEADLINE_S, END, Backend, Script, chunk, plain, refused, streamed
+from store_places import Place
 from test_owners import ALICE, AUTH, BOB, HI, Client
 from test_proxy import error_of
 
@@ -50,17 +51,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def place(kind: str, tmp_path: Path) -> Iterator[Place | None]:
+def shared(kind: str, tmp_path: Path) -> Iterator[Place | None]:
     """None: in memory."""
-    place = None if kind == "memory" else place_of(kind, tmp_path)
-    yield place
-    if place is not None:
-        place.close()
+    shared = None if kind == "memory" else place_of(kind, tmp_path)
+    yield shared
+    if shared is not None:
+        shared.close()
 
 
 @pytest.fixture
-async def store(place: Place | None) -> AsyncIterator[RunStore]:
-    store = await (place.open() if place else open_store(StoreSettings(":memory:")))
+async def store(shared: Place | None) -> AsyncIterator[RunStore]:
+    store = await (shared.open() if shared else open_store(StoreSettings(":memory:")))
     yield store
     await store.close()
 
@@ -229,11 +230,11 @@ def test_a_duration_is_written_as_the_api_does(seconds: float, text: str) -> Non
 
 
 @pytest.fixture
-def start_app(start_app: StartApp, place: Place | None) -> StartApp:
+def start_app(start_app: StartApp, shared: Place | None) -> StartApp:
     """The proxy on the test's store; once more, another process on it."""
 
     async def start(**sections: Any) -> App:
-        return await start_app(**{**(sections_of(place) if place else {}), **sections})
+        return await start_app(**(at(shared, sections) if shared else sections))
 
     return start
 

@@ -77,7 +77,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "store_postgres": (2, 300, set()),
     "postgres_copying": (2, 300, {"asyncpg"}),
     "once": (2, 100, set()),
-    "admissions": (2, 325, set()),
+    "admissions": (2, 350, set()),
     "records": (2, 250, {"msgspec", "orjson"}),
     "lists": (2, 150, {"orjson"}),
     "calls": (2, 250, {"orjson"}),
