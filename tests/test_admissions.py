@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import App, StartApp
+from controlled import controlled
 from scripted import DEADLINE_S, Backend, Script, chunk, plain, streamed
 from socket_client import connected
 from test_owners import HI
@@ -276,6 +277,7 @@ ASK: dict[str, tuple[Ask, Callable[[], Script]]] = {
     "stream": (by_stream, lambda: streamed("Hello")),
     "socket": (by_socket, lambda: streamed("Hello")),
     "background": (by_background, lambda: streamed("Hello")),
+    "chat": (by_chat, plain),
 }
 
 
@@ -288,6 +290,33 @@ async def test_who_has_an_answer_may_ask_another_process_at_once(
     ask, script = ASK[mode]
     backend.script(*(script() for _ in range(20)))
     assert [await ask(apps[number % 2]) for number in range(20)] == ["completed"] * 20
+
+
+@pytest.mark.parametrize("kind", ["file"], indirect=True)
+@pytest.mark.parametrize("mode", ["plain", "stream", "socket", "chat"])
+async def test_no_answer_ends_before_the_store_knows_that_it_is_over(
+    start_app: StartApp, backend: Backend, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(admissions, "KNOWN_WITHIN_S", DEADLINE_S)
+    app = await start_app(limits={"in_flight_per_owner": 1})
+    ask, script = ASK[mode]
+    held = script()
+    held.before = asyncio.Event()
+    backend.script(held)
+    charging, saving = controlled("charge", monkeypatch), controlled("save", monkeypatch)
+    asking = asyncio.create_task(ask(app))
+    await backend.received()
+    charging.may_begin.clear()
+    known = asyncio.create_task(charging.once_more("asked"))
+    held.before.set()
+    await known
+    async with asyncio.timeout(DEADLINE_S):
+        while mode in ("plain", "stream") and not saving.done:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)  # an answer that did not wait would be here by now
+    assert not asking.done()
+    charging.may_begin.set()
+    assert await asking == "completed"
 
 
 @shared
