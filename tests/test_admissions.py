@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, running_app, settings_of
 from controlled import controlled
+from raw_backend import Answer, RawBackend, Seen, whole
 from scripted import DEADLINE_S, Backend, Script, chunk, plain, streamed
 from socket_client import connected
 from test_owners import HI
@@ -317,6 +318,32 @@ async def test_no_answer_ends_before_the_store_knows_that_it_is_over(
     assert not asking.done()
     charging.may_begin.set()
     assert await asking == "completed"
+
+
+async def test_an_answer_of_known_length_that_goes_through_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admissions, "KNOWN_WITHIN_S", DEADLINE_S)
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(RawBackend().running())
+        limited = settings_of(backend.url, limits={"in_flight_per_owner": 1})
+        app = await stack.enter_async_context(running_app(limited))
+        charging = controlled("charge", monkeypatch)
+        backend.answer = stopping(whole(b"an answer"), charging.may_begin)
+        asking = asyncio.create_task(by_chat(app))
+        await charging.once_more("asked", times=2)
+        await asyncio.sleep(0.05)  # an answer that did not wait would be here by now
+        assert not asking.done()
+        charging.may_begin.set()
+        assert await asking == "completed"
+
+
+def stopping(answer: Answer, event: asyncio.Event) -> Answer:
+    """An answer before which an event is cleared."""
+
+    async def stop_and_answer(seen: Seen) -> None:
+        event.clear()
+        await answer(seen)
+
+    return stop_and_answer
 
 
 @shared
