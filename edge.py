@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,10 +115,17 @@ async def let_go(scope: Scope) -> None:
 
 def releasing(admission: Admission, send: Send) -> Send:
     """Before its client has the end of an answer, that is over for all processes."""
+    left_bytes = math.inf
 
     async def send_on(message: Message) -> None:
-        if message["type"] == "http.response.body" and not message.get("more_body"):
-            await admission.over()
+        nonlocal left_bytes
+        if message["type"] == "http.response.start":
+            length = dict(message["headers"]).get(b"content-length", b"")
+            left_bytes = int(length) if length.isdigit() else math.inf
+        else:
+            left_bytes -= len(message.get("body", b""))
+            if left_bytes <= 0 or not message.get("more_body"):
+                await admission.over()
         await send(message)
 
     return send_on
@@ -312,7 +320,9 @@ class Edge:
         scope.setdefault("route", Passed(template_of(target)))
         caller = self._caller(scope)
         async with await self.admitted(scope, caller.owner) as admission:
-            await carrier.carry(Carried(scope, target, caller), receive, releasing(admission, send))
+            await carrier.carry(
+                Carried(scope, target, caller), receive, releasing(admission, send) if self._quotas else send
+            )
 
     async def health(self, request: Request) -> Response:
         """GET /healthz: the process is up."""

@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, running_app, settings_of
+from controlled import controlled
+from raw_backend import Answer, RawBackend, Seen, whole
 from scripted import DEADLINE_S, Backend, Script, chunk, plain, streamed
 from socket_client import connected
 from test_owners import HI
@@ -276,6 +278,7 @@ ASK: dict[str, tuple[Ask, Callable[[], Script]]] = {
     "stream": (by_stream, lambda: streamed("Hello")),
     "socket": (by_socket, lambda: streamed("Hello")),
     "background": (by_background, lambda: streamed("Hello")),
+    "chat": (by_chat, plain),
 }
 
 
@@ -288,6 +291,59 @@ async def test_who_has_an_answer_may_ask_another_process_at_once(
     ask, script = ASK[mode]
     backend.script(*(script() for _ in range(20)))
     assert [await ask(apps[number % 2]) for number in range(20)] == ["completed"] * 20
+
+
+@pytest.mark.parametrize("kind", ["file"], indirect=True)
+@pytest.mark.parametrize("mode", ["plain", "stream", "socket", "chat"])
+async def test_no_answer_ends_before_the_store_knows_that_it_is_over(
+    start_app: StartApp, backend: Backend, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(admissions, "KNOWN_WITHIN_S", DEADLINE_S)
+    app = await start_app(limits={"in_flight_per_owner": 1})
+    ask, script = ASK[mode]
+    held = script()
+    held.before = asyncio.Event()
+    backend.script(held)
+    charging, saving = controlled("charge", monkeypatch), controlled("save", monkeypatch)
+    asking = asyncio.create_task(ask(app))
+    await backend.received()
+    charging.may_begin.clear()
+    known = asyncio.create_task(charging.once_more("asked"))
+    held.before.set()
+    await known
+    async with asyncio.timeout(DEADLINE_S):
+        while mode in ("plain", "stream") and not saving.done:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)  # an answer that did not wait would be here by now
+    assert not asking.done()
+    charging.may_begin.set()
+    assert await asking == "completed"
+
+
+async def test_an_answer_of_known_length_that_goes_through_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admissions, "KNOWN_WITHIN_S", DEADLINE_S)
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(RawBackend().running())
+        limited = settings_of(backend.url, limits={"in_flight_per_owner": 1})
+        app = await stack.enter_async_context(running_app(limited))
+        charging = controlled("charge", monkeypatch)
+        backend.answer = stopping(whole(b"an answer"), charging.may_begin)
+        asking = asyncio.create_task(by_chat(app))
+        await charging.once_more("asked", times=2)
+        await asyncio.sleep(0.05)  # an answer that did not wait would be here by now
+        assert not asking.done()
+        charging.may_begin.set()
+        assert await asking == "completed"
+
+
+def stopping(answer: Answer, event: asyncio.Event) -> Answer:
+    """An answer before which an event is cleared."""
+
+    async def stop_and_answer(seen: Seen) -> None:
+        event.clear()
+        await answer(seen)
+
+    return stop_and_answer
 
 
 @shared
