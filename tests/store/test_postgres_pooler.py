@@ -16,6 +16,8 @@ from test_run_verbs import *  # noqa: F403
 
 from run_verbs import RunStore
 
+pytestmark = pytest.mark.stores("postgres")
+
 
 class PooledPlace(PostgresPlace):
     """An empty database whose stores reach it through a pooler."""
