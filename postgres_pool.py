@@ -330,7 +330,7 @@ async def _look_at(connection: asyncpg.Connection, used_at: float, until_at: flo
         return
     try:
         async with asyncio.timeout_at(min(until_at, now + PING_S)):
-            await connection.execute("")
+            await connection.execute("SELECT")
     except FAILURES as error:
         connection.terminate()
         raise NotSent(error) from error

@@ -68,20 +68,31 @@ AGAIN = {
 # -- replicas ----------------------------------------------------------------------------------------------------------
 
 
+class Address:
+    """A database, as replicas are told of it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.environ = {"RESPONSES_PROXY_STORE__PATH": url, "RESPONSES_PROXY_SEALING__KEYS": SEALING_KEY}
+
+    def asked(self, query: str, *values: Any) -> list[Any]:
+        with contextlib.closing(Beside(self.url)) as beside:
+            return beside.asked(query, *values)
+
+
 class Replicas(Fleet):
     """Processes on one database in front of one backend. Those that leave are sent nothing new."""
 
     def __init__(
         self, backend: Backend, folder: Path, http: aiohttp.ClientSession, store: str, *, has_short_leases: bool
     ) -> None:
-        super().__init__(backend, folder, http)
-        self.store = store
+        super().__init__(backend, Address(store), folder, http)
         self.leaving: set[Proxy] = set()
-        self._program = ("-c", SHORT_LEASES) if has_short_leases else ("proxy.py",)
+        self.program = ("-c", SHORT_LEASES) if has_short_leases else ("proxy.py",)
 
-    async def start(self, knobs: Knobs = DEFAULT) -> Proxy:
-        arguments = ("--config", self.config(knobs), "--port", "0", "--store", self.store)
-        return await self.started(Proxy(*self._program, *arguments, RESPONSES_PROXY_SEALING__KEYS=SEALING_KEY))
+    async def start(self, knobs: Knobs = DEFAULT, **environ: str) -> Proxy:
+        arguments = (*self.program, "--config", self.config(knobs), "--port", "0")
+        return await self.started(Proxy(*arguments, **{**self.place.environ, **environ}))
 
     async def start_three(self, knobs: Knobs = DEFAULT) -> list[Proxy]:
         return list(await asyncio.gather(*(self.start(knobs) for _ in range(3))))
@@ -435,17 +446,14 @@ class ReplicaCampaign(Campaign):
 
     async def _count_rows(self) -> None:
         """Each turn has made one response, whatever its client sent again, and nothing waits any more."""
-        beside = Beside(self._replicas.store)
-        try:
-            for (extra,) in beside.asked("SELECT id FROM turn WHERE id IS NOT NULL"):
-                if extra not in {known.response_id for known in self._known}:
-                    self.report.fault("twice", f"{extra} was acknowledged to nobody")
-            # What was cancelled is let go when the lease of a dead process runs out.
-            await until(lambda: not beside.asked("SELECT 1 FROM run"), "end of the queue")
+        asked = self._replicas.place.asked
+        for (extra,) in asked("SELECT id FROM turn WHERE id IS NOT NULL"):
+            if extra not in {known.response_id for known in self._known}:
+                self.report.fault("twice", f"{extra} was acknowledged to nobody")
+        try:  # what was cancelled is let go when the lease of a dead process runs out
+            await until(lambda: not asked("SELECT 1 FROM run"), "end of the queue")
         except AssertionError:
-            self.report.fault("stuck", str(beside.asked("SELECT * FROM run")))
-        finally:
-            beside.close()
+            self.report.fault("stuck", str(asked("SELECT * FROM run")))
 
 
 def _is_acknowledged(turn: Turn) -> bool:

@@ -343,6 +343,13 @@ async def test_the_first_request_after_it_is_back_gets_a_new_connection(
     await store.close()
 
 
+async def test_a_connection_that_was_idle_is_used_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postgres_pool.IDLE_S", 0.0)
+    store = await open_store(StoreSettings(path=site.url, **QUICK))
+    assert [await store.response("owner", "resp_none") for _ in range(3)] == [None] * 3
+    await store.close()
+
+
 async def test_a_frozen_database_holds_nothing_for_ever(site: Site) -> None:
     store = await open_store(StoreSettings(path=site.url, **QUICK))
     await lose(site, "frozen")
