@@ -21,7 +21,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server(port=str(free_port()), listen_addresses="127.0.0.1")
+    # What was acknowledged has to survive a kill.
+    server = Server(port=str(free_port()), listen_addresses="127.0.0.1", synchronous_commit="on")
     server.start()
     try:
         yield server

@@ -167,20 +167,15 @@ class Server:
 
     def kill(self) -> None:
         """As the end of its machine: no process of it says a word more."""
-        own = self._processes()
-        for process in own:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        self._tell_all(signal.SIGKILL)
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
         """The system goes on to accept connections for it, and nobody answers them."""
-        for process in self._processes():
-            os.kill(process, signal.SIGSTOP)
+        self._tell_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        for process in self._processes():
-            os.kill(process, signal.SIGCONT)
+        self._tell_all(signal.SIGCONT)
 
     def restore(self) -> None:
         """As `start` leaves it, whatever was done to it."""
@@ -191,6 +186,11 @@ class Server:
     def do(self, statements: str) -> None:
         """In a session beside everybody else's."""
         _ask(self.url, statements)
+
+    def _tell_all(self, what: signal.Signals) -> None:
+        for process in self._processes():
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(process, what)
 
     def _processes(self) -> list[int]:
         """The first of them, which makes the others, comes first."""
