@@ -83,8 +83,24 @@ class Transaction:
 
     async def do(self, work: Work[T], **options: Any) -> T:
         """All of the work or nothing of it."""
-        async with self._connection.transaction(**options):
-            return await work(self)
+        transaction = self._connection.transaction(**options)
+        async with contextlib.AsyncExitStack() as undoing:
+            undoing.push_async_callback(self._undo, transaction)
+            await transaction.start()
+            found = await work(self)
+            await transaction.commit()
+            undoing.pop_all()
+        return found
+
+    async def _undo(self, transaction: asyncpg.transaction.Transaction) -> None:
+        """A database that does not even answer to that loses its connection, and ends the transaction by itself."""
+        is_undone = False
+        with contextlib.suppress(*FAILURES):
+            async with asyncio.timeout(CANCEL_S):
+                await transaction.rollback()
+                is_undone = True
+        if not is_undone:
+            self._connection.terminate()
 
 
 class Limits(NamedTuple):
@@ -176,6 +192,7 @@ class Database:
         # Process of the database -> when its connection was used last; none while it is in use.
         self._used_at: dict[int, float | None] = {}
         self._dropped_at = -math.inf
+        self._releasing: set[asyncio.Task[None]] = set()
         # How many verbs wait for a connection.
         self.waiting = 0
 
@@ -210,8 +227,8 @@ class Database:
         began_at = asyncio.get_running_loop().time()
         async with self._turn(until_at, give_up_at):
             try:
-                async with self._connected(until_at) as connection:
-                    found = await _bounded(connection, work, until_at)
+                async with self._connected(until_at) as connection, asyncio.timeout_at(until_at):
+                    found = await work(Transaction(connection))
             except (*FAILURES, NotSent) as failure:
                 self._note(failure, began_at)
                 raise
@@ -263,26 +280,41 @@ class Database:
                 connection = await self._pool.acquire()
         except (*FAILURES, ValueError) as error:
             raise NotSent(error) from error
-        process = connection.get_server_pid()
-        used_at = self._used_at.get(process)
-        self._used_at[process] = None
+        process, is_whole = connection.get_server_pid(), False
+        used_at, self._used_at[process] = self._used_at.get(process), None
         try:
             if used_at is not None:
                 await _look_at(connection, used_at, until_at)
             yield connection
+            is_whole = True
+        except (*LOST, asyncpg.ReadOnlySQLTransactionError) as error:
+            if not isinstance(error, TimeoutError):  # that may be the statement's own fault
+                connection.terminate()
+            raise
         finally:
-            await self._release(connection, process)
+            try:
+                await self._release(connection, is_whole)
+            finally:
+                self._used_at[process] = asyncio.get_running_loop().time()
 
-    async def _release(self, connection: asyncpg.Connection, process: int) -> None:
+    async def _release(self, connection: asyncpg.Connection, is_whole: bool) -> None:
         """What cannot be given back in order is cut, and made anew when it is needed."""
-        try:
+        if is_whole:
             with contextlib.suppress(*FAILURES):
-                await self._pool.release(connection, timeout=CANCEL_S)
-        finally:
-            self._used_at[process] = asyncio.get_running_loop().time()
-            if len(self._used_at) > 4 * self._limits.places:
-                living = {each.get_server_pid() for each in self._known if not each.is_closed()}
-                self._used_at = {each: at for each, at in self._used_at.items() if each in living}
+                await self._pool.release(connection)
+        else:
+            task = asyncio.create_task(self._release_broken(connection))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+            await asyncio.wait({task})
+        if len(self._used_at) > 4 * self._limits.places:
+            living = {each.get_server_pid() for each in self._known if not each.is_closed()}
+            self._used_at = {each: at for each, at in self._used_at.items() if each in living}
+
+    async def _release_broken(self, connection: asyncpg.Connection) -> None:
+        """Waits for the end of what was given up, though whoever gave it up does not."""
+        with contextlib.suppress(*FAILURES):
+            await self._pool.release(connection, timeout=CANCEL_S)
 
     def _note(self, failure: BaseException, began_at: float) -> None:
         error = failure.error if isinstance(failure, NotSent) else failure
@@ -305,22 +337,14 @@ class Database:
     async def close(self) -> None:
         """Finishes what has begun."""
         self._is_closed = True
+        if self._releasing:
+            await asyncio.wait(self._releasing)
         with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(CLOSE_S):
                 await self._pool.close()
 
 
 Known = weakref.WeakSet[asyncpg.Connection]
-
-
-async def _bounded(connection: asyncpg.Connection, work: Work[T], until_at: float) -> T:
-    """A database that does not even answer to the end of a statement loses its connection."""
-    cut = asyncio.get_running_loop().call_at(until_at + CANCEL_S, connection.terminate)
-    try:
-        async with asyncio.timeout_at(until_at):
-            return await work(Transaction(connection))
-    finally:
-        cut.cancel()
 
 
 async def _look_at(connection: asyncpg.Connection, used_at: float, until_at: float) -> None:

@@ -22,7 +22,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = server_with({**OPTIONS, "port": str(free_port()), "listen_addresses": "127.0.0.1"})
+    # What was acknowledged has to survive a kill.
+    options = {"port": str(free_port()), "listen_addresses": "127.0.0.1", "synchronous_commit": "on"}
+    server = server_with({**OPTIONS, **options})
     server.start()
     try:
         yield server
