@@ -15,7 +15,7 @@ import pytest
 from conftest import App, StartApp, running_app, settings_of
 from postgres_pooler import pooled
 from scripted import END, Backend, Script, chunk, plain, streamed
-from store_builders import DEADLINE_S
+from store_builders import DEADLINE_S, OWNER
 from store_places import PostgresPlace
 from test_background import (
     RUN,
@@ -26,6 +26,7 @@ from test_background import (
     foreground,
     gated,
     in_status,
+    said,
     until,
 )
 from test_postgres_store import KEY, empty, made, place
@@ -33,7 +34,7 @@ from test_proxy import Blocks, events_in
 
 import postgres_news
 from errors import StoreError
-from postgres_news import WORDS_AT_ONCE, News
+from postgres_news import ANNOUNCE, WORDS_AT_ONCE, News
 from run_verbs import QUEUE, RunStore
 
 __all__ = ["empty", "made", "place"]
@@ -108,15 +109,18 @@ async def test_what_one_process_announces_others_hear_and_not_itself(
 
 
 async def test_what_is_announced_meanwhile_is_told_together(
-    stack: AsyncExitStack, place: PostgresPlace, made: Counter[str]
+    stack: AsyncExitStack, place: PostgresPlace, made: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(postgres_news, "GATHER_S", 0.5)
     one, two = [await an_ear(stack, place) for _ in range(2)]
     made.clear()
-    for _ in range(100):
-        one.store.announce("resp_first")
-        one.store.announce("resp_second")
-    await two.until_heard("resp_first", "resp_second")
-    assert (sum(made.values()), two.times) == (1, 1)
+    one.store.announce("resp_first")
+    await two.until_heard("resp_first")
+    for word in ("resp_second", "resp_second", "resp_third"):
+        one.store.announce(word)
+        await one.store.tail(OWNER, word, -1)
+    await two.until_heard("resp_second", "resp_third")
+    assert (two.times, made[ANNOUNCE.text]) == (2, 2)
 
 
 async def test_more_than_one_message_can_hold_is_told(stack: AsyncExitStack, place: PostgresPlace) -> None:
@@ -323,15 +327,17 @@ async def test_a_run_that_a_program_leaves_to_others_is_begun_by_one_that_hears_
 async def test_children_that_become_ready_are_carried_out_by_all(start_hearing: StartHearing, backend: Backend) -> None:
     script, goes_on = gated()
     backend.script(script, gated()[0])
-    makers = [await start_hearing(workers=1)]
-    parent = (await created(makers[0]))["id"]
+    full = await start_hearing(workers=1)
+    parent = (await created(full))["id"]
     await backend.received()
-    for _ in range(2):
-        await created(makers[0], {**RUN, "previous_response_id": parent})
-    makers.append(await start_hearing(workers=1))
+    other = await start_hearing(workers=2)
+    for previous in (parent, parent, None):
+        await created(full, {**RUN, "previous_response_id": previous})
+    await backend.received()  # the other one has seen by then that the children are not ready
     goes_on.set()
-    for _ in makers:
-        await backend.received()
+    children = [await backend.received() for _ in range(2)]
+    assert [said(child) for child in children] == [["Hi", "Hello", "Hi"]] * 2
+    assert (await ended(other, parent))["status"] == "completed"
 
 
 async def test_a_cancel_through_another_program_ends_the_call_of_the_backend(
