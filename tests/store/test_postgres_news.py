@@ -384,11 +384,11 @@ async def test_a_turn_that_waits_for_a_run_of_another_program_goes_on_at_its_end
 async def test_what_a_program_gives_back_at_its_end_is_begun_by_another(
     start_hearing: StartHearing, backend: Backend, place: PostgresPlace
 ) -> None:
+    other = await start_hearing()
+    backend.script(gated()[0], streamed("Hi"))
     async with running_app(settings_of(backend.url, store={"path": place.url}, sealing={"keys": (KEY,)})) as maker:
-        backend.script(gated()[0], streamed("Hi"))
         response_id = (await created(maker))["id"]
         await backend.received()
-        other = await start_hearing()
     assert (await ended(other, response_id))["status"] == "completed"
 
 
