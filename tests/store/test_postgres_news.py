@@ -36,10 +36,13 @@ import postgres_news
 from errors import StoreError
 from postgres_news import ANNOUNCE, WORDS_AT_ONCE, News
 from run_verbs import QUEUE, RunStore
+from watching import Watcher
 
 __all__ = ["empty", "made", "place"]
+NEVER_S = 3600.0
 LOGGER = "responses_proxy.postgres_news"
-LISTENER = "(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy' ORDER BY backend_start DESC)"
+LISTENER = """(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy'
+    ORDER BY backend_start DESC LIMIT 1)"""
 
 
 class Ear:
@@ -185,7 +188,7 @@ async def test_a_lost_connection_is_made_again_and_what_was_missed_is_looked_for
     monkeypatch.setattr(postgres_news, "FIRST_PAUSE_S", 0.01)
     one, two = [await an_ear(stack, place) for _ in range(2)]
     assert two.missed == 1
-    place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener LIMIT 1")
+    place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener")
     await two.until(lambda: two.missed == 3)
     one.store.announce("resp_1")
     await two.until_heard("resp_1")
@@ -218,6 +221,50 @@ class Stuck:
 
     async def fetchrow(self, *_: Any) -> Any:
         await self._execute("SELECT pg_sleep(1)")
+
+
+@contextlib.asynccontextmanager
+async def watcher_of(store: RunStore) -> AsyncIterator[Watcher]:
+    """Once the store hears, and what there was has been seen."""
+    watcher = Watcher(store)
+    running = asyncio.create_task(watcher.run())
+
+    async def hears() -> bool:
+        return store.hears
+
+    try:
+        await until(hears)
+        while await watcher.anything.changed(0.2):
+            pass
+        yield watcher
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def test_what_nobody_has_announced_is_seen_by_who_looks(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("watching.PACES_S", {False: (NEVER_S, 0.0), True: (0.01, 0.0)})
+    one, two = [await place.open() for _ in range(2)]
+    async with watcher_of(one) as watcher:
+        await two.secret("name")
+        assert await watcher.anything.changed(DEADLINE_S)
+    await one.close()
+    await two.close()
+
+
+async def test_who_does_not_hear_any_more_looks_at_once(place: PostgresPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("watching.PACES_S", {False: (0.01, 0.0), True: (0.01, NEVER_S)})
+    monkeypatch.setattr(postgres_news, "FIRST_PAUSE_S", NEVER_S)
+    one, two = [await place.open() for _ in range(2)]
+    async with watcher_of(one) as watcher:
+        await two.secret("name")
+        assert not await watcher.anything.changed(0.2)
+        place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener")
+        assert await watcher.anything.changed(DEADLINE_S)
+    await one.close()
+    await two.close()
 
 
 async def test_a_store_that_cannot_hear_says_so_once_and_is_looked_at(
@@ -281,7 +328,6 @@ async def test_what_a_pooler_refuses_is_told(place: PostgresPlace, pool: dict[st
 
 # -- programs that are told --------------------------------------------------------------------------------------------
 
-NEVER_S = 3600.0
 StartHearing = Callable[..., Awaitable[App]]
 
 
