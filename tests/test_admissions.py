@@ -15,7 +15,7 @@ from scripted import DEADLINE_S, Backend, Script, chunk, plain, streamed
 from socket_client import connected
 from test_owners import HI
 from test_proxy import error_of
-from test_quotas import Clock, OpenQuotas, clock, kind, opened, refusal_of, shared, start_app, store, text_of
+from test_quotas import Clock, OpenQuotas, clock, kind, opened, quota_place, refusal_of, start_app, store, text_of
 
 import admissions
 from admissions import Quotas
@@ -24,7 +24,7 @@ from leases import LEASE_S
 from quota_verbs import Charge, Used
 from run_verbs import RunStore
 
-__all__ = ["clock", "kind", "opened", "shared", "start_app", "store"]
+__all__ = ["clock", "kind", "opened", "quota_place", "start_app", "store"]
 
 shared = pytest.mark.parametrize("kind", ["file", "postgres"], indirect=True)
 UNUSABLE = StoreError("The store of responses cannot be reached.")

@@ -51,17 +51,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def shared(kind: str, tmp_path: Path) -> Iterator[Place | None]:
+def quota_place(kind: str, tmp_path: Path) -> Iterator[Place | None]:
     """None: in memory."""
-    shared = None if kind == "memory" else place_of(kind, tmp_path)
-    yield shared
-    if shared is not None:
-        shared.close()
+    quota_place = None if kind == "memory" else place_of(kind, tmp_path)
+    yield quota_place
+    if quota_place is not None:
+        quota_place.close()
 
 
 @pytest.fixture
-async def store(shared: Place | None) -> AsyncIterator[RunStore]:
-    store = await (shared.open() if shared else open_store(StoreSettings(":memory:")))
+async def store(quota_place: Place | None) -> AsyncIterator[RunStore]:
+    store = await (quota_place.open() if quota_place else open_store(StoreSettings(":memory:")))
     yield store
     await store.close()
 
@@ -230,11 +230,11 @@ def test_a_duration_is_written_as_the_api_does(seconds: float, text: str) -> Non
 
 
 @pytest.fixture
-def start_app(start_app: StartApp, shared: Place | None) -> StartApp:
+def start_app(start_app: StartApp, quota_place: Place | None) -> StartApp:
     """The proxy on the test's store; once more, another process on it."""
 
     async def start(**sections: Any) -> App:
-        return await start_app(**(at(shared, sections) if shared else sections))
+        return await start_app(**(at(quota_place, sections) if quota_place else sections))
 
     return start
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import App, StartApp, running_app, settings_of
 from postgres_pooler import pooled
 from scripted import END, Backend, Script, chunk, plain, streamed
-from store_builders import DEADLINE_S
+from store_builders import DEADLINE_S, OWNER
 from store_places import PostgresPlace
 from test_background import (
     RUN,
@@ -26,6 +26,7 @@ from test_background import (
     foreground,
     gated,
     in_status,
+    said,
     until,
 )
 from test_postgres_store import KEY, empty, made
@@ -33,13 +34,16 @@ from test_proxy import Blocks, events_in
 
 import postgres_news
 from errors import StoreError
-from postgres_news import WORDS_AT_ONCE, News
+from postgres_news import ANNOUNCE, WORDS_AT_ONCE, News
 from run_verbs import QUEUE, RunStore
+from watching import Watcher
 
 __all__ = ["empty", "made"]
 pytestmark = pytest.mark.stores("postgres")
+NEVER_S = 3600.0
 LOGGER = "responses_proxy.postgres_news"
-LISTENER = "(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy' ORDER BY backend_start DESC)"
+LISTENER = """(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy'
+    ORDER BY backend_start DESC LIMIT 1)"""
 
 
 class Ear:
@@ -109,15 +113,18 @@ async def test_what_one_process_announces_others_hear_and_not_itself(
 
 
 async def test_what_is_announced_meanwhile_is_told_together(
-    stack: AsyncExitStack, place: PostgresPlace, made: Counter[str]
+    stack: AsyncExitStack, place: PostgresPlace, made: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(postgres_news, "GATHER_S", 0.5)
     one, two = [await an_ear(stack, place) for _ in range(2)]
     made.clear()
-    for _ in range(100):
-        one.store.announce("resp_first")
-        one.store.announce("resp_second")
-    await two.until_heard("resp_first", "resp_second")
-    assert (sum(made.values()), two.times) == (1, 1)
+    one.store.announce("resp_first")
+    await two.until_heard("resp_first")
+    for word in ("resp_second", "resp_second", "resp_third"):
+        one.store.announce(word)
+        await one.store.tail(OWNER, word, -1)
+    await two.until_heard("resp_second", "resp_third")
+    assert (two.times, made[ANNOUNCE.text]) == (2, 2)
 
 
 async def test_more_than_one_message_can_hold_is_told(stack: AsyncExitStack, place: PostgresPlace) -> None:
@@ -182,7 +189,7 @@ async def test_a_lost_connection_is_made_again_and_what_was_missed_is_looked_for
     monkeypatch.setattr(postgres_news, "FIRST_PAUSE_S", 0.01)
     one, two = [await an_ear(stack, place) for _ in range(2)]
     assert two.missed == 1
-    place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener LIMIT 1")
+    place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener")
     await two.until(lambda: two.missed == 3)
     one.store.announce("resp_1")
     await two.until_heard("resp_1")
@@ -215,6 +222,50 @@ class Stuck:
 
     async def fetchrow(self, *_: Any) -> Any:
         await self._execute("SELECT pg_sleep(1)")
+
+
+@contextlib.asynccontextmanager
+async def watcher_of(store: RunStore) -> AsyncIterator[Watcher]:
+    """Once the store hears, and what there was has been seen."""
+    watcher = Watcher(store)
+    running = asyncio.create_task(watcher.run())
+
+    async def hears() -> bool:
+        return store.hears
+
+    try:
+        await until(hears)
+        while await watcher.anything.changed(0.2):
+            pass
+        yield watcher
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def test_what_nobody_has_announced_is_seen_by_who_looks(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("watching.PACES_S", {False: (NEVER_S, 0.0), True: (0.01, 0.0)})
+    one, two = [await place.open() for _ in range(2)]
+    async with watcher_of(one) as watcher:
+        await two.secret("name")
+        assert await watcher.anything.changed(DEADLINE_S)
+    await one.close()
+    await two.close()
+
+
+async def test_who_does_not_hear_any_more_looks_at_once(place: PostgresPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("watching.PACES_S", {False: (0.01, 0.0), True: (0.01, NEVER_S)})
+    monkeypatch.setattr(postgres_news, "FIRST_PAUSE_S", NEVER_S)
+    one, two = [await place.open() for _ in range(2)]
+    async with watcher_of(one) as watcher:
+        await two.secret("name")
+        assert not await watcher.anything.changed(0.2)
+        place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener")
+        assert await watcher.anything.changed(DEADLINE_S)
+    await one.close()
+    await two.close()
 
 
 async def test_a_store_that_cannot_hear_says_so_once_and_is_looked_at(
@@ -278,7 +329,6 @@ async def test_what_a_pooler_refuses_is_told(place: PostgresPlace, pool: dict[st
 
 # -- programs that are told --------------------------------------------------------------------------------------------
 
-NEVER_S = 3600.0
 StartHearing = Callable[..., Awaitable[App]]
 
 
@@ -324,15 +374,17 @@ async def test_a_run_that_a_program_leaves_to_others_is_begun_by_one_that_hears_
 async def test_children_that_become_ready_are_carried_out_by_all(start_hearing: StartHearing, backend: Backend) -> None:
     script, goes_on = gated()
     backend.script(script, gated()[0])
-    makers = [await start_hearing(workers=1)]
-    parent = (await created(makers[0]))["id"]
+    full = await start_hearing(workers=1)
+    parent = (await created(full))["id"]
     await backend.received()
-    for _ in range(2):
-        await created(makers[0], {**RUN, "previous_response_id": parent})
-    makers.append(await start_hearing(workers=1))
+    other = await start_hearing(workers=2)
+    for previous in (parent, parent, None):
+        await created(full, {**RUN, "previous_response_id": previous})
+    await backend.received()  # the other one has seen by then that the children are not ready
     goes_on.set()
-    for _ in makers:
-        await backend.received()
+    children = [await backend.received() for _ in range(2)]
+    assert [said(child) for child in children] == [["Hi", "Hello", "Hi"]] * 2
+    assert (await ended(other, parent))["status"] == "completed"
 
 
 async def test_a_cancel_through_another_program_ends_the_call_of_the_backend(
@@ -379,11 +431,11 @@ async def test_a_turn_that_waits_for_a_run_of_another_program_goes_on_at_its_end
 async def test_what_a_program_gives_back_at_its_end_is_begun_by_another(
     start_hearing: StartHearing, backend: Backend, place: PostgresPlace
 ) -> None:
+    other = await start_hearing()
+    backend.script(gated()[0], streamed("Hi"))
     async with running_app(settings_of(backend.url, store={"path": place.url}, sealing={"keys": (KEY,)})) as maker:
-        backend.script(gated()[0], streamed("Hi"))
         response_id = (await created(maker))["id"]
         await backend.received()
-        other = await start_hearing()
     assert (await ended(other, response_id))["status"] == "completed"
 
 
