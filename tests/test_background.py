@@ -1409,6 +1409,7 @@ async def test_an_end_that_cannot_be_kept_can_be_cancelled(
     app: App, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_log, "TRY_AGAIN_S", 0.02)
+    monkeypatch.setattr(turns, "SAVE_S", 0.1)
     settle = controlled("settle", monkeypatch)
     settle.failure = UNWRITABLE
     backend.script(streamed("Hi"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import App, StartApp
+from conftest import App, StartApp, at, running_app, settings_of
 from scripted import END, Backend, Script, chunk, plain, refused, streamed
 from store_places import FilePlace, Place, environ_of
 from test_cli import Process, run, started
@@ -651,20 +651,16 @@ def found_in(*names: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("kind", ANSWERS)
 @pytest.mark.parametrize("past", ["nothing", "chain", "conversation"])
-async def test_store_false_leaves_nothing_on_disk(
-    serve: Serve, http: aiohttp.ClientSession, backend: Backend, place: Place, kind: str, past: str
-) -> None:
+async def test_store_false_leaves_nothing_on_disk(backend: Backend, place: Place, kind: str, past: str) -> None:
     backend.script(plain(), ANSWERS[kind])
-    async with serve() as process:
-        caller = Caller(process, http)
-        conversation = (await caller.made({}, "/conversations"))["id"]
-        first = await caller.made({**HI, "conversation": conversation})
-        continued = {"chain": {"previous_response_id": first["id"]}, "conversation": {"conversation": conversation}}
+    async with running_app(settings_of(backend.url, **at(place, {}))) as app:
+        conversation = (await app.openai.conversations.create()).id
+        first = await app.openai.responses.create(**HI, conversation=conversation)
+        continued = {"chain": {"previous_response_id": first.id}, "conversation": {"conversation": conversation}}
         body = {**MARKED, **continued.get(past, {}), "store": False, "stream": "stream" in kind}
-        async with caller.post(body, **KEY) as answer:
+        async with app.post(body, headers=KEY) as answer:
             await answer.read()
         running = marks_in(place)
-        await process.stop()
     stopped = marks_in(place)
     assert (running, stopped) == (found_in(), found_in())
 
@@ -704,14 +700,12 @@ async def test_what_was_deleted_is_not_in_the_store_when_the_process_has_ended(
 
 
 @pytest.fixture
-async def kept(serve: Serve, http: aiohttp.ClientSession) -> Json:
-    """A response in the store, beside enough others for many pages; no process runs."""
-    async with serve() as process:
-        caller = Caller(process, http)
+async def kept(backend: Backend, place: Place) -> Json:
+    """A response in the store, beside enough others for many pages; no proxy runs."""
+    async with running_app(settings_of(backend.url, **at(place, {}))) as app:
         for number in range(40):
-            response = await caller.made({**HI, "input": f"{number} " * 4000})
-        await process.stop()
-    return response
+            response = await app.openai.responses.create(model="m", input=f"{number} " * 4000)
+    return {"id": response.id}
 
 
 def command(*arguments: str, **environ: str) -> tuple[int, str, str]:
