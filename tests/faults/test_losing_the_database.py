@@ -223,7 +223,7 @@ async def test_a_database_that_refuses_is_a_503_that_says_why(
     requests = (await begun(app))[:3]
     refuse, welcome = REFUSALS[reason]
     await asyncio.to_thread(sever, visitor.server, refuse)
-    await until(partial(is_not_ready, app))
+    await until(partial(is_told, app, reason))
     answers = await asyncio.gather(*(sent(app, *each) for each in requests))
     assert {(each.status, each.code, each.retry_after) for each in answers} == {(503, "store_unavailable", "1")}
     assert [each.text for each in answers if reason not in each.text] == []
@@ -232,6 +232,10 @@ async def test_a_database_that_refuses_is_a_503_that_says_why(
     await asyncio.to_thread(sever, visitor.server, welcome)
     await until(partial(is_ready, app))
     assert {(await sent(app, *each)).status for each in requests} == {200}
+
+
+async def is_told(app: App, reason: str) -> bool:
+    return reason in (await sent(app, "POST", "/v1/conversations", {})).text
 
 
 def sever(server: Server, change: str) -> None:
@@ -346,6 +350,17 @@ async def test_the_first_request_after_it_is_back_gets_a_new_connection(
     await store.close()
 
 
+async def test_a_database_that_is_away_is_tried_by_one_at_a_time(site: Site) -> None:
+    store = await open_store(StoreSettings(path=site.url, **QUICK))
+    await lose(site, "stopped")
+    began_at, before = time.monotonic(), site.relay.connections
+    asked = await asyncio.gather(*(store.queue() for _ in range(100)), return_exceptions=True)
+    assert {type(each) for each in asked} == {StoreError}
+    tries = site.relay.connections - before
+    assert 0 < tries <= 10 * (time.monotonic() - began_at) + 5
+    await store.close()
+
+
 async def test_a_frozen_database_holds_nothing_for_ever(site: Site) -> None:
     store = await open_store(StoreSettings(path=site.url, **QUICK))
     await lose(site, "frozen")
@@ -406,8 +421,7 @@ async def test_a_clock_that_is_not_the_databases_is_told(
 
 async def test_work_that_may_take_long_is_given_up_at_once_at_the_end(site: Site) -> None:
     store = await open_store(StoreSettings(path=site.url, **QUICK))
-    purging = asyncio.create_task(store.purge(0.0, 0.0))
-    await purging
+    await store.purge(0.0, 0.0)
     await lose(site, "frozen")
     purging = asyncio.create_task(store.purge(0.0, 0.0))
     await asyncio.sleep(0.1)
