@@ -13,6 +13,7 @@ class Relay:
     def __init__(self, port: int) -> None:
         self._to = port
         self.port = 0
+        self.connections = 0
         # Whether the next thing that the server says is lost, and its connection with it.
         self.loses_answer = False
         self._flows = asyncio.Event()
@@ -47,6 +48,7 @@ class Relay:
         own = asyncio.current_task()
         assert own is not None
         self._open.add(own)
+        self.connections += 1
         try:
             with contextlib.suppress(OSError, ExceptionGroup, asyncio.CancelledError):
                 await self._flows.wait()

@@ -134,6 +134,35 @@ async def test_a_lease_is_given_back_as_soon_as_the_store_can_be_written_again(
     assert await is_free(leases, DEADLINE_S)
 
 
+async def test_a_store_that_does_not_answer_holds_up_nobody_who_gives_back(
+    leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leases.GIVE_BACK_S", 0.01)
+    lease = leases.lease("work")
+    await lease.acquire(wait_s=0)
+    releasing = controlled("release", monkeypatch)
+    releasing.may_begin.clear()
+    async with asyncio.timeout(DEADLINE_S):
+        await lease.release()
+    assert (releasing.asked, releasing.done) == (1, 0)
+    releasing.may_begin.set()
+    assert await is_free(leases, DEADLINE_S)
+
+
+async def test_a_lease_that_could_not_be_renewed_is_tried_again_soon(
+    leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leases.RENEW_AGAIN_S", 0.001)
+    renewing = controlled("renew", monkeypatch)
+    renewing.failure = UNWRITABLE
+    lease = leases.lease("work")
+    await lease.acquire(wait_s=0)
+    await renewing.once_more("failed")
+    monkeypatch.setattr("leases.RENEW_EVERY_S", 10 * DEADLINE_S)
+    await renewing.once_more("failed", times=3)
+    await lease.release()
+
+
 async def test_a_lease_that_has_run_out_is_not_given_back_any_more(
     leases: Leases, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

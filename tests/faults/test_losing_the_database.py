@@ -8,12 +8,14 @@ import json
 import logging
 import re
 import time
-from collections import Counter
+import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import asyncpg
+import msgspec
 import pytest
 from conftest import App, StartApp, settings_of
 from losses import KEY, LIMIT_S, QUICK, SECRET, Site
@@ -21,12 +23,16 @@ from postgres_program import Server
 from scripted import END, Backend, Script, chunk, streamed
 
 from errors import StoreError
+from event_log import Logs, RunLog
 from postgres_pool import CLOSE_S
-from run_verbs import Ending, Held
+from postgres_tables import FORGETTING
+from run_verbs import Ending, Held, NewRun, QueueLimits
 from services import opened_store
 from settings import SettingsError
 from store import StoreSettings
 from store_postgres import PostgresStore, open_store
+from verbs import NewTurn
+from watching import Watcher
 
 pytest_plugins = ["loss_fixtures"]
 
@@ -223,7 +229,7 @@ async def test_a_database_that_refuses_is_a_503_that_says_why(
     requests = (await begun(app))[:3]
     refuse, welcome = REFUSALS[reason]
     await asyncio.to_thread(sever, visitor.server, refuse)
-    await until(partial(is_not_ready, app))
+    await until(partial(is_told, app, reason))
     answers = await asyncio.gather(*(sent(app, *each) for each in requests))
     assert {(each.status, each.code, each.retry_after) for each in answers} == {(503, "store_unavailable", "1")}
     assert [each.text for each in answers if reason not in each.text] == []
@@ -232,6 +238,10 @@ async def test_a_database_that_refuses_is_a_503_that_says_why(
     await asyncio.to_thread(sever, visitor.server, welcome)
     await until(partial(is_ready, app))
     assert {(await sent(app, *each)).status for each in requests} == {200}
+
+
+async def is_told(app: App, reason: str) -> bool:
+    return reason in (await sent(app, "POST", "/v1/conversations", {})).text
 
 
 def sever(server: Server, change: str) -> None:
@@ -302,31 +312,43 @@ async def has_ended(app: App, response_id: str) -> bool:
     return (await app.openai.responses.retrieve(response_id)).status == "completed"
 
 
-async def test_an_end_whose_answer_was_lost_is_taken_for_kept(
-    site: Site, start_app: StartApp, backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settle, times = PostgresStore.settle, Counter[str]()
+async def test_an_end_whose_answer_was_lost_is_taken_for_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("event_log.TRY_AGAIN_S", 0.01)
+    store = await open_store(StoreSettings(path=site.url, **QUICK))
+    settle, kept = PostgresStore.settle, []
 
     async def unheard(self: PostgresStore, held: Held, ending: Ending) -> bool:
-        is_kept = await settle(self, held, ending)
-        times[str(is_kept)] += 1
-        if times.total() == 1:
+        kept.append(await settle(self, held, ending))
+        if len(kept) == 1:
             raise StoreError("The store of responses has lost its connection.")
-        return is_kept
+        return kept[-1]
 
     monkeypatch.setattr(PostgresStore, "settle", unheard)
-    app = await start_app(**site.store())
-    backend.script(streamed("Hello"))
-    stream = await app.openai.responses.create(**ASKED, background=True, stream=True)
-    async with asyncio.timeout(DEADLINE_S):
-        events = [event async for event in stream]
-    assert events[-1].type == "response.completed"
-    await until(partial(is_counted, app, 'turns_total{mode="background",status="completed"} 1.0'))
-    assert times == {"True": 1, "False": 1}
+    for is_others, expected in ((False, True), (True, False)):
+        kept.clear()
+        turn = ended_turn()
+        await store.admit(NewRun(msgspec.structs.replace(turn, status="queued"), b"{}", 0.0), QueueLimits(100, 100))
+        (run,) = await store.claim("me", time.time() + 60, 1)
+        if is_others:
+            other = msgspec.structs.replace(turn, body=b'{"by":"another"}')
+            await settle(store, run.held, Ending(other, None, 0.0, 0.0))
+        run_log = RunLog(Logs(store, Watcher(store), time.time, 60.0), run)
+        assert await run_log.settle(turn, []) is expected
+        assert kept == [not is_others, False]
+    await store.close()
 
 
-async def is_counted(app: App, count: str) -> bool:
-    return count in (await sent(app, "GET", "/metrics")).text
+def ended_turn() -> NewTurn:
+    return NewTurn(
+        id=f"resp_{uuid.uuid4().hex}",
+        owner="owner",
+        status="completed",
+        created_at=1,
+        completed_at=2,
+        model="m",
+        settings=b"{}",
+        body=b"{}",
+    )
 
 
 # -- connections that are none -----------------------------------------------------------------------------------------
@@ -350,6 +372,17 @@ async def test_a_connection_that_was_idle_is_used_again(site: Site, monkeypatch:
     monkeypatch.setattr("postgres_pool.IDLE_S", 0.0)
     store = await open_store(StoreSettings(path=site.url, **QUICK))
     assert [await store.response("owner", "resp_none") for _ in range(3)] == [None] * 3
+    await store.close()
+
+
+async def test_a_database_that_is_away_is_tried_by_one_at_a_time(site: Site) -> None:
+    store = await open_store(StoreSettings(path=site.url, **QUICK))
+    await lose(site, "stopped")
+    began_at, before = time.monotonic(), site.relay.connections
+    asked = await asyncio.gather(*(store.queue() for _ in range(100)), return_exceptions=True)
+    assert {type(each) for each in asked} == {StoreError}
+    tries = site.relay.connections - before
+    assert 0 < tries <= 10 * (time.monotonic() - began_at) + 5
     await store.close()
 
 
@@ -413,13 +446,15 @@ async def test_a_clock_that_is_not_the_databases_is_told(
 
 async def test_work_that_may_take_long_is_given_up_at_once_at_the_end(site: Site) -> None:
     store = await open_store(StoreSettings(path=site.url, **QUICK))
+    beside = await asyncpg.connect(site.server.url)
+    await beside.execute(f"SELECT pg_advisory_lock({FORGETTING})")
     purging = asyncio.create_task(store.purge(0.0, 0.0))
-    await purging
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory'"
+    await until(partial(beside.fetchval, waits))
     await lose(site, "frozen")
-    purging = asyncio.create_task(store.purge(0.0, 0.0))
-    await asyncio.sleep(0.1)
     purging.cancel()
     async with asyncio.timeout(SLACK_S):
         await asyncio.wait({purging})
     assert purging.cancelled()
     await store.close()
+    beside.terminate()
