@@ -95,6 +95,7 @@ class Background:
         self._holder = means.sources.new_id("proc")
         self._forgetting = Duty(store, means.sources, "forgetting", settings.lease_s)
         self._attempts: dict[Held, Attempt] = {}
+        self._claiming = asyncio.Lock()
         # What others had written when its claims were looked at.
         self._seen = NEVER
         # Claims that seemed to be held by nobody at the last look.
@@ -219,7 +220,10 @@ class Background:
         if self._attempts and seen != self._seen:
             await self._end_lost(await self.store.held(self._holder))
         self._seen = seen
-        free = self._free
+        async with self._claiming:
+            await self._claim(self._free)
+
+    async def _claim(self, free: int) -> None:
         if free > 0:
             until_at = self._sources.clock() + self._settings.lease_s
             runs = await self.store.claim(self._holder, until_at, free)
@@ -347,7 +351,8 @@ class Background:
         self.watcher.anything.tell()
         try:
             await asyncio.gather(*(self._give_back_one(*each) for each in list(self._attempts.items())))
-            await self.store.release_runs(self._holder)
+            async with self._claiming:  # a claim that has begun would come after it, else
+                await self.store.release_runs(self._holder)
             self.watcher.tell_queue()
             await self._forgetting.give_up()
         except StoreError as error:

@@ -35,7 +35,8 @@ from test_proxy import Blocks, events_in
 import postgres_news
 from errors import StoreError
 from postgres_news import ANNOUNCE, WORDS_AT_ONCE, News
-from run_verbs import QUEUE, RunStore
+from run_verbs import QUEUE, Run, RunStore
+from store_postgres import PostgresStore
 from watching import Watcher
 
 __all__ = ["empty", "made"]
@@ -437,6 +438,36 @@ async def test_what_a_program_gives_back_at_its_end_is_begun_by_another(
         response_id = (await created(maker))["id"]
         await backend.received()
     assert (await ended(other, response_id))["status"] == "completed"
+
+
+async def test_a_program_that_ends_while_it_claims_gives_that_back_too(
+    start_hearing: StartHearing, backend: Backend, place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, release_runs = PostgresStore.claim, PostgresStore.release_runs
+    has_begun, is_released = asyncio.Event(), asyncio.Event()
+
+    async def late_claim(store: PostgresStore, *given: Any) -> list[Run]:
+        has_begun.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await is_released.wait()
+        return await asyncio.shield(claim(store, *given))  # the database does it, whoever has left
+
+    async def released(store: PostgresStore, holder: str) -> None:
+        await release_runs(store, holder)
+        is_released.set()
+
+    other = await start_hearing()
+    backend.script(gated()[0], streamed("Hi"))
+    async with running_app(settings_of(backend.url, store={"path": place.url}, sealing={"keys": (KEY,)})) as maker:
+        responses = [await created(maker)]
+        await backend.received()
+        monkeypatch.setattr(PostgresStore, "claim", late_claim)
+        monkeypatch.setattr(PostgresStore, "release_runs", released)
+        responses.append(await created(maker))
+        await has_begun.wait()
+    for response in responses:
+        assert (await ended(other, response["id"]))["status"] == "completed"
 
 
 async def test_behind_a_pooler_a_cancel_through_another_program_is_seen(
