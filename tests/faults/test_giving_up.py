@@ -86,8 +86,8 @@ def blocked(request: pytest.FixtureRequest, place: Place) -> Block:
 
 
 async def started(fleet: Fleet, place: Place) -> Proxy:
-    """A process that hardly waits for a store that is locked."""
-    return await fleet.start(Knobs(lease_s=0.5), **environ_of({"store": place.hasty}))
+    """A process that hardly waits for a store that is locked, and tells of every try."""
+    return await fleet.start(Knobs(lease_s=0.5), **environ_of({"server": {"log_level": "debug"}, "store": place.hasty}))
 
 
 # What the process says each time when an answer could not be saved.
