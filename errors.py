@@ -15,6 +15,7 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── RateLimited           429  rate_limit_exceeded: its owner asks for more than the settings allow
 │   └── ForeignOrigin         403  origin_not_allowed: a web page that is not welcome
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
+│   ├── Unheard                    of a write: it was carried out, or it was not
 │   └── UnfinishedCopy             what a store holds is a part of another one: the copy into it has not ended
 └── UpstreamError             502  the backend's fault, or the way to it: upstream_errors.py
 

@@ -20,6 +20,8 @@ REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 SOCKET_LOG = "uvicorn.sockets"
 # The log of connections to a database: one that cannot be made is a traceback there, and a line of the store's anyway.
 POOL_LOG = "asyncpg.pool"
+# What becomes of the connections to a database.
+STORE_LOG = "responses_proxy.store"
 
 Form = Literal["console", "json"]
 LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
@@ -62,8 +64,11 @@ class JsonLines(logging.Formatter):
             return json.dumps(line, default=str)
 
 
-def start_logging(level: str, form: Form = "console") -> None:
-    """One handler for all, the server's lines too, unless the program around it has set up logging already."""
+def start_logging(level: str, form: Form = "console", *, is_served: bool = True) -> None:
+    """One handler for all, the server's lines too, unless the program around it has set up logging already.
+
+    `is_served`: by a program that goes on when its store fails; one that does not says it with its last line.
+    """
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
@@ -76,3 +81,5 @@ def start_logging(level: str, form: Form = "console") -> None:
         logger.propagate = True
     logging.getLogger(SOCKET_LOG).setLevel("WARNING")  # below that are query strings, where clients may have put keys
     logging.getLogger(POOL_LOG).setLevel("ERROR")
+    if not is_served:
+        logging.getLogger(STORE_LOG).setLevel("ERROR")

@@ -122,8 +122,8 @@ OF_CLAIM = "run.seq = :run AND run.generation = :generation"
 RENEW = Statement(
     "UPDATE run SET until_at = :until_at WHERE holder = :holder AND NOT is_stopped RETURNING seq, generation"
 )
-HELD = Statement("SELECT seq, generation FROM run WHERE holder = :holder AND NOT is_stopped")
-EXPIRED = Statement("SELECT seq, generation FROM run WHERE holder IS NOT NULL AND until_at < :now")
+HELD = Statement("SELECT seq, generation FROM run WHERE holder = :holder AND NOT is_stopped ORDER BY seq")
+EXPIRED = Statement("SELECT seq, generation FROM run WHERE holder IS NOT NULL AND until_at < :now ORDER BY seq")
 # Who has nothing in line but what comes back enters at the end of the round.
 BACK = """WITH back AS (UPDATE run SET holder = NULL, attempts = attempts - {attempts}
         WHERE {which} AND holder IS NOT NULL AND NOT is_stopped RETURNING owner),

@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = settings_of_args(args, os.environ)
-        start_logging(settings.server.log_level, settings.server.log_format)
+        start_logging(settings.server.log_level, settings.server.log_format, is_served=args.command == "serve")
         return run_command(args, settings)
     except SettingsError as error:
         print(f"responses-proxy: {error}", file=sys.stderr)

@@ -141,22 +141,23 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
 
 
 async def opened_store(settings: Settings, stack: contextlib.AsyncExitStack, may_make: bool = True) -> RunStore:
-    """`may_make`: where a database holds none. Raises: SettingsError."""
+    """`may_make`: in a database without one, which is waited for, then. Raises: SettingsError."""
+    opening = partial(opener_of(settings.store.path, may_make), settings.store)
     try:
-        store = await _opened_in_time(settings.store, may_make)
+        store = await (_opened_in_time(opening) if may_make else opening())
     except StoreError as error:
         raise SettingsError(f"store.path: {error.message}") from error
     stack.push_async_callback(store.close)
     return store
 
 
-async def _opened_in_time(settings: StoreSettings, may_make: bool) -> RunStore:
-    """A database that is not there yet is waited for; one that refuses this program is not. Raises: StoreError."""
-    open_it, now = opener_of(settings.path, may_make), asyncio.get_running_loop().time
+async def _opened_in_time(opening: Callable[[], Awaitable[RunStore]]) -> RunStore:
+    """A database that refuses this program is not waited for. Raises: StoreError."""
+    now = asyncio.get_running_loop().time
     give_up_at = now() + START_S
     for attempt in itertools.count():
         try:
-            return await open_it(settings)
+            return await opening()
         except StoreError as error:
             if not error.is_passing or now() >= give_up_at:
                 raise

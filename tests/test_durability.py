@@ -27,6 +27,8 @@ from store import shown
 
 Json = dict[str, Any]
 HI: Json = {"model": "m", "input": "Hi"}
+# What is locked by a turn.
+LOCKS = "SELECT name FROM lease WHERE name LIKE 'conversation %'"
 STREAM: Json = {**HI, "stream": True}
 KEY = {"Idempotency-Key": "k-1"}
 LOCKED = {
@@ -502,7 +504,7 @@ async def test_a_client_that_leaves_frees_its_conversation(
     await asyncio.wait({leaving})
     assert await received.is_let_go()
     assert await asked(app, body) == 200
-    assert place.asked("SELECT name FROM lease WHERE name NOT LIKE 'duty %'") == []
+    assert place.asked(LOCKS) == []
 
 
 async def test_a_client_that_leaves_while_it_waits_for_a_conversation_leaves_nothing_behind(
@@ -540,7 +542,7 @@ async def test_a_wrong_item_is_a_400_and_does_not_lock_its_conversation(
     body = {"model": "m", "conversation": conversation.id}
     statuses = [await asked(app, {**body, "input": [{"role": "user", "content": "Hi", **item}]})]
     statuses.append(await asked(app, {**body, "input": "Hi"}))
-    assert (statuses, place.asked("SELECT name FROM lease WHERE name NOT LIKE 'duty %'")) == ([400, 200], [])
+    assert (statuses, place.asked(LOCKS)) == ([400, 200], [])
 
 
 ODD_ITEMS: list[Json] = [

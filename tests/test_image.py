@@ -139,9 +139,9 @@ def test_without_an_upstream_the_image_says_what_it_lacks(image: Image, environ:
 
 def test_the_image_speaks_to_a_database(image: Image, environ: dict[str, str]) -> None:
     """With nobody there to answer, it says that, and not that a package is missing."""
-    database = {"RESPONSES_PROXY_STORE__PATH": "postgresql://user@127.0.0.1:9/database"}
-    done = run(image, image.entrypoint, environ | database)
-    assert done.returncode != 0
+    database = "postgresql://user@127.0.0.1:9/database"
+    done = run(image, [*image.entrypoint, "check", "--store", database], environ)
+    assert done.returncode == 2
     assert "'postgresql://127.0.0.1:9/database' cannot be reached" in done.stderr
 
 

@@ -246,9 +246,9 @@ async def is_told(app: App, reason: str) -> bool:
 
 def sever(server: Server, change: str) -> None:
     """No session goes on that began before the change, nor begins while it is made."""
-    rename = "RENAME" in change
-    server.do(ENDED if rename else change)
-    server.do(change if rename else ENDED)
+    last = ("ALTER ROLE visitor NOLOGIN", ENDED, change, "ALTER ROLE visitor LOGIN")
+    for statement in last if "RENAME" in change else (change, ENDED):
+        server.do(statement)
 
 
 # -- runs in background ------------------------------------------------------------------------------------------------
