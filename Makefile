@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 NODE := tests/node/node_modules
 HOST ?= 127.0.0.1
 PORT ?= 8080
+# How many processes run tests; `auto`: one for each core.
+JOBS ?= auto
 PYZ_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 .PHONY: run test lint bench docs pyz clean
@@ -45,8 +47,7 @@ run: $(VENV)/demo.stamp
 endif
 
 test: $(VENV)/test.stamp $(NODE)/.package-lock.json
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage report --fail-under=95
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --cov --cov-report term:skip-covered --cov-fail-under 95
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -109,8 +109,11 @@ def seen_at(place: Place) -> int:
     return int(json.loads(found[0][0])[0]) if found else 0
 
 
-async def test_what_could_not_be_kept_is_kept_later(app: App, backend: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_could_not_be_kept_is_kept_later(
+    start_app: StartApp, backend: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("upkeep.SHARE_LEARNED_EVERY_S", 0.001)
+    app = await start_app()
     keeping = controlled("keep_learned", monkeypatch)
     keeping.failure = StoreError("The store of responses may not be written.")
     backend.answer = counted
