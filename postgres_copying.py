@@ -13,6 +13,7 @@ import asyncpg  # type: ignore[import-untyped]
 
 from copying import PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice
 from errors import StoreError, UnfinishedCopy
+from postgres_advice import opening_error
 from postgres_errors import FAILURES, store_error
 from postgres_opening import CACHED_STATEMENTS
 from postgres_pool import Transaction
@@ -139,9 +140,7 @@ async def _connected(what: str, settings: StoreSettings) -> asyncpg.Connection:
             settings.path, timeout=settings.connect_timeout_s, statement_cache_size=cached, server_settings=session
         )
     except (*FAILURES, ValueError) as error:
-        refusal = store_error(error, what)
-        refusal.__cause__ = None  # it may tell the address, and so a password
-        raise refusal from None
+        raise opening_error(error, what) from None
 
 
 class DatabaseSide:
