@@ -28,8 +28,9 @@ NAME = "responses-proxy copy"
 PATIENCE = "SET LOCAL lock_timeout = '5s'; SET LOCAL idle_in_transaction_session_timeout = 0"
 # Columns of bytes, which make the size of a page.
 BYTES = ("value", "body", "metadata", "request", "ahead")
+# Which keys were seen stays for a month, and a killed process has the duty to purge for an hour: neither says that one lives.
 IN_USE = """SELECT (SELECT count(*) FROM run WHERE holder IS NOT NULL AND until_at > $1) AS runs,
-    (SELECT count(*) FROM lease WHERE until_at > $1) AS leases"""
+    (SELECT count(*) FROM lease WHERE until_at > $1 AND name NOT IN ('sealing keys', 'duty retention')) AS leases"""
 DISPLACED = """SELECT seq, behind FROM (SELECT seq, depth, max(seq) OVER (PARTITION BY thread ORDER BY depth) AS behind
     FROM turn) AS placed WHERE seq < behind ORDER BY behind, depth"""
 PROGRESS = "CREATE TABLE copy_progress (name text PRIMARY KEY, value bytea NOT NULL)"
@@ -115,7 +116,7 @@ async def opened(settings: StoreSettings, is_source: bool) -> AsyncIterator[Data
     """Raises: StoreError."""
     what = f"'{shown(settings.path)}'"
     try:
-        store = await open_store(settings)
+        store = await open_store(settings, may_make=not is_source)
         if is_source:
             await store.secret("owner")
         await store.close()
