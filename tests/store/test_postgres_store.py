@@ -26,7 +26,7 @@ from errors import StoreError
 from postgres_tables import MIGRATIONS, TABLES
 from proxy import main
 from run_verbs import RunStore
-from services import make_seals, opener_of
+from services import make_seals, opened, opener_of
 from settings import SettingsError
 from store import SQLiteStore, StoreSettings, shown
 from store_postgres import PostgresStore, open_store
@@ -185,12 +185,15 @@ async def test_a_database_that_cannot_be_opened_is_told_without_its_password(res
     assert refused.value.__suppress_context__
 
 
-def test_a_store_in_a_database_needs_keys_that_all_processes_have() -> None:
-    sections: dict[str, Any] = {"store": {"path": "postgresql://me:secret@db/name"}}
+async def test_a_store_in_a_database_needs_keys_that_all_processes_have_and_makes_nothing_before(empty: str) -> None:
+    path = f"{empty}&password={SECRET}"
     with pytest.raises(SettingsError, match=r"sealing\.keys") as refused:
-        make_seals(settings_of("http://backend", **sections))
-    assert "secret" not in str(refused.value)
-    assert make_seals(settings_of("http://backend", **sections, sealing={"keys": (KEY,)}))
+        async with opened(settings_of("http://backend", store={"path": path})):
+            pass
+    assert SECRET not in str(refused.value)
+    with closing(Beside(empty)) as beside:
+        assert beside.asked("SELECT FROM pg_tables WHERE schemaname = current_schema()") == []
+    assert make_seals(settings_of("http://backend", store={"path": path}, sealing={"keys": (KEY,)}))
 
 
 def test_a_rotation_for_a_database_gives_a_key_for_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
