@@ -28,7 +28,7 @@ NAME = "responses-proxy copy"
 PATIENCE = "SET LOCAL lock_timeout = '5s'; SET LOCAL idle_in_transaction_session_timeout = 0"
 # Columns of bytes, which make the size of a page.
 BYTES = ("value", "body", "metadata", "request", "ahead")
-# Which keys were seen stays for a month, and a killed process has the duty to purge for an hour: neither says that one lives.
+# What is in use. The keys that were seen stay for a month, and a killed process has the duty to purge for an hour.
 IN_USE = """SELECT (SELECT count(*) FROM run WHERE holder IS NOT NULL AND until_at > $1) AS runs,
     (SELECT count(*) FROM lease WHERE until_at > $1 AND name NOT IN ('sealing keys', 'duty retention')) AS leases"""
 DISPLACED = """SELECT seq, behind FROM (SELECT seq, depth, max(seq) OVER (PARTITION BY thread ORDER BY depth) AS behind

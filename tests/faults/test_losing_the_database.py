@@ -246,9 +246,12 @@ async def is_told(app: App, reason: str) -> bool:
 
 def sever(server: Server, change: str) -> None:
     """No session goes on that began before the change, nor begins while it is made."""
-    rename = "RENAME" in change
-    server.do(ENDED if rename else change)
-    server.do(change if rename else ENDED)
+    before, rename, after = change.partition(" RENAME TO ")
+    if rename:
+        server.do(f"{before} ALLOW_CONNECTIONS false")
+        server.do(ENDED)
+    server.do(change)
+    server.do(f"ALTER DATABASE {after} ALLOW_CONNECTIONS true" if rename else ENDED)
 
 
 # -- runs in background ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compacting import until
 from conftest import ROOT, settings_of
 from postgres_server import Beside
 from run_builders import admit, batch, brief, cancel, claim_ids, claim_one, ending, finish, queued
@@ -237,8 +238,8 @@ async def test_what_a_stopped_or_killed_proxy_leaves_in_a_database_does_not_keep
     settings = settings_of("http://127.0.0.1:1/v1", store={"path": database}, sealing={"keys": (KEY,)})
     with closing(Beside(database)) as beside:
         async with services.opened(settings):
-            while not {("duty retention",), ("duty forgetting",)} <= {*beside.asked("SELECT name FROM lease")}:
-                await asyncio.sleep(0.01)
+            duties = "SELECT WHERE 2 = (SELECT count(*) FROM lease WHERE name IN ('duty retention', 'duty forgetting'))"
+            await until(lambda: beside.asked(duties))
             with pytest.raises(StoreError, match="leases are held; stop the proxies first"):
                 await copied(database, file, time.time())
         assert beside.asked("SELECT name FROM lease") == [("sealing keys",)]
