@@ -217,7 +217,7 @@ def refuse_without_keys(settings: Settings) -> None:
     if is_database(settings.store.path) and not settings.sealing.keys:
         raise SettingsError(
             "sealing.keys has to be set for a store in a database: all processes that share it need the same keys, and "
-            "there is no file beside it to keep them; 'responses-proxy keys rotate' makes one"
+            "there is no file beside it to keep them; 'responses-proxy keys rotate --store postgresql://' prints one"
         )
 
 

@@ -187,7 +187,7 @@ async def test_a_database_that_cannot_be_opened_is_told_without_its_password(res
 
 async def test_a_store_in_a_database_needs_keys_that_all_processes_have_and_makes_nothing_before(empty: str) -> None:
     path = f"{empty}&password={SECRET}"
-    with pytest.raises(SettingsError, match=r"sealing\.keys") as refused:
+    with pytest.raises(SettingsError, match=r"sealing\.keys .* --store postgresql://' prints one") as refused:
         async with opened(settings_of("http://backend", store={"path": path})):
             pass
     assert SECRET not in str(refused.value)
