@@ -83,7 +83,7 @@ def new_key() -> tuple[str, str]:
 
 def _refuse_misplaced(settings: AuthSettings) -> None:
     if settings.mode == "keys" and not settings.keys:
-        raise ValueError("auth.mode is 'keys', but auth.keys names no key.")
+        raise ValueError("auth.mode is 'keys', but auth.keys names no key: 'responses-proxy key' makes one.")
     if settings.mode != "keys" and settings.keys:
         raise ValueError(f"auth.keys are given, but auth.mode is '{settings.mode}', which does not look at them.")
 

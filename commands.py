@@ -79,10 +79,9 @@ async def copy(settings: Settings, source: str | None, target: str | None) -> in
     places = [source or settings.store.path, target or settings.store.path]
     _refuse_places(*places)
     async with contextlib.AsyncExitStack() as stack:
-        one, other = [
-            await stack.enter_async_context(_opened_side(settings, path, is_source=path is places[0]))
-            for path in places
-        ]
+        one = await stack.enter_async_context(_opened_side(settings, places[0], is_source=True))
+        await one.refuse_use(time.time())  # before anything is made
+        other = await stack.enter_async_context(_opened_side(settings, places[1], is_source=False))
         compared, wrong = await copying.copy(one, other, time.time(), _tell_at_once)
     print("\n".join([copying.table_of(compared), *wrong]))
     if wrong:

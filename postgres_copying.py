@@ -13,6 +13,7 @@ import asyncpg  # type: ignore[import-untyped]
 
 from copying import PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice
 from errors import StoreError, UnfinishedCopy
+from postgres_advice import opening_error
 from postgres_errors import FAILURES, store_error
 from postgres_opening import CACHED_STATEMENTS
 from postgres_pool import Transaction
@@ -27,8 +28,9 @@ NAME = "responses-proxy copy"
 PATIENCE = "SET LOCAL lock_timeout = '5s'; SET LOCAL idle_in_transaction_session_timeout = 0"
 # Columns of bytes, which make the size of a page.
 BYTES = ("value", "body", "metadata", "request", "ahead")
+# What is in use. The keys that were seen stay for a month, and a killed process has the duty to purge for an hour.
 IN_USE = """SELECT (SELECT count(*) FROM run WHERE holder IS NOT NULL AND until_at > $1) AS runs,
-    (SELECT count(*) FROM lease WHERE until_at > $1) AS leases"""
+    (SELECT count(*) FROM lease WHERE until_at > $1 AND name NOT IN ('sealing keys', 'duty retention')) AS leases"""
 DISPLACED = """SELECT seq, behind FROM (SELECT seq, depth, max(seq) OVER (PARTITION BY thread ORDER BY depth) AS behind
     FROM turn) AS placed WHERE seq < behind ORDER BY behind, depth"""
 PROGRESS = "CREATE TABLE copy_progress (name text PRIMARY KEY, value bytea NOT NULL)"
@@ -114,7 +116,7 @@ async def opened(settings: StoreSettings, is_source: bool) -> AsyncIterator[Data
     """Raises: StoreError."""
     what = f"'{shown(settings.path)}'"
     try:
-        store = await open_store(settings)
+        store = await open_store(settings, may_make=not is_source)
         if is_source:
             await store.secret("owner")
         await store.close()
@@ -139,9 +141,7 @@ async def _connected(what: str, settings: StoreSettings) -> asyncpg.Connection:
             settings.path, timeout=settings.connect_timeout_s, statement_cache_size=cached, server_settings=session
         )
     except (*FAILURES, ValueError) as error:
-        refusal = store_error(error, what)
-        refusal.__cause__ = None  # it may tell the address, and so a password
-        raise refusal from None
+        raise opening_error(error, what) from None
 
 
 class DatabaseSide:

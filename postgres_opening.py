@@ -14,8 +14,9 @@ from functools import partial
 import asyncpg  # type: ignore[import-untyped]
 
 from errors import StoreError, UnfinishedCopy
-from postgres_errors import FAILURES, store_error
-from postgres_pool import Database, Known, Limits, Statement, Transaction
+from postgres_advice import opening_error
+from postgres_errors import FAILURES
+from postgres_pool import Database, Known, Limits, NotSent, Statement, Transaction
 from postgres_tables import COPYING, HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
 from store import StoreSettings, shown
 
@@ -51,7 +52,11 @@ async def opened_database(settings: StoreSettings, may_make: bool) -> Database:
     async with contextlib.AsyncExitStack() as stack:
         db = Database(await _connected(what, settings, known), known, limits)
         stack.push_async_callback(db.close)
-        await db.verb(is_patient=True).write(partial(_migrate, what, may_make))
+        try:
+            await db.verb(is_patient=True).write(partial(_migrate, what, may_make))
+        except StoreError as error:
+            cause = error.__cause__.error if isinstance(error.__cause__, NotSent) else error.__cause__
+            raise opening_error(cause, what) if isinstance(cause, FAILURES) else error from None
         stack.pop_all()
     return db
 
@@ -65,9 +70,7 @@ async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncp
             await _look_at_clock(pool, settings.connect_timeout_s)
             stack.pop_all()
     except (*FAILURES, ValueError) as error:
-        refusal = store_error(error, what)
-        refusal.__cause__ = None  # it may tell the address, and so a password
-        raise refusal from None
+        raise opening_error(error, what) from None
     return pool
 
 
@@ -145,8 +148,8 @@ async def _migrate(what: str, may_make: bool, db: Transaction) -> None:
             await db.run(statement)
         for statement in (each for migration in MIGRATIONS[version or 0 :] for each in migration):
             await db.run(statement)
-    except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError) as error:
-        raise StoreError(f"{what} holds tables of another program; give it a schema of its own.") from error
+    except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError):
+        raise StoreError(f"{what} holds tables of another program; give it a schema of its own.") from None
     await db.run(f"UPDATE responses_proxy SET version = {len(MIGRATIONS)}")
 
 

@@ -35,7 +35,7 @@ class Presence:
         self._reason: str | None = None
         self._away_since = self._next_at = 0.0
         self._pause_s = PAUSE_S
-        self._has_scout = self._is_told = False
+        self._has_scout = self._is_told = self._is_known = False
         self._change = asyncio.Event()
         self._told_at: dict[str, float] = {}
 
@@ -71,6 +71,7 @@ class Presence:
         self._tell_waiting()
 
     def answered(self) -> None:
+        self._is_known = True
         if self._reason is None:
             return
         if self._is_told:
@@ -86,7 +87,9 @@ class Presence:
         self._is_told |= self.tell(reason)
 
     def tell(self, reason: str) -> bool:
-        """To the log, unless it was told so a moment ago."""
+        """To the log, unless it was told so a moment ago, or has never answered: then who opens it tells."""
+        if not self._is_known:
+            return False
         now = asyncio.get_running_loop().time()
         if now - self._told_at.get(reason, -math.inf) < TELL_AGAIN_S:
             return False

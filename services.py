@@ -109,6 +109,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         raise SettingsError(
             "no upstream: give --upstream URL, [[upstream]] in the settings file or RESPONSES_PROXY_UPSTREAM__BASE_URL"
         )
+    refuse_without_keys(settings)
     async with contextlib.AsyncExitStack() as stack:
         store = await opened_store(settings, stack)
         observer = await opened_observer(settings, stack)
@@ -212,14 +213,18 @@ async def make_counter(name: str) -> Counter:
     return Counter(by_vocabulary(tokens_in), name) if tokens_in else Counter()
 
 
+def refuse_without_keys(settings: Settings) -> None:
+    """Before the database is waited for, and tables are made in it. Raises: SettingsError."""
+    if is_database(settings.store.path) and not settings.sealing.keys:
+        raise SettingsError(
+            "sealing.keys has to be set for a store in a database: all processes that share it need the same keys, and "
+            "there is no file beside it to keep them; 'responses-proxy keys rotate --store postgresql://' prints one"
+        )
+
+
 def make_seals(settings: Settings) -> Seals:
     """Raises: SettingsError."""
     given, key_file = settings.sealing.keys, key_file_of(settings)
-    if is_database(settings.store.path) and not given:
-        raise SettingsError(
-            "sealing.keys has to be set for a store in a database: all processes that share it need the same keys, and "
-            "there is no file beside it to keep them; 'responses-proxy keys rotate' makes one"
-        )
     try:
         keys = load_keys(given, key_file)
     except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ import sqlite3
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -32,6 +31,9 @@ T = TypeVar("T")
 
 # What is meant as an address, well formed or not: it may hold a password.
 ADDRESS = re.compile(r".*://|[^/\\]+:[^@]*@", re.DOTALL)
+# Of an address its scheme, hosts and name; where it has none of that form, a password may be anywhere in it.
+HOST = r"(?:\[[^][/?#@]*\]|[^][/?#@:,]*)(?::\d*)?"
+SHOWN = re.compile(rf"(.+?://)(?:[^/?#]*@)?({HOST}(?:,{HOST})*(?:/[^?#@]*)?)(?:[?#][^@]*)?", re.DOTALL)
 CACHE_KB = 16_000
 JOURNAL_BYTES = 64 * 1024 * 1024
 
@@ -65,10 +67,8 @@ def shown(path: str) -> str:
     """A store as messages name it: of a database without user, password and options."""
     if not is_database(path):
         return path
-    parts = urlsplit(path)
-    if "@" in parts.path + parts.query + parts.fragment:  # it was cut in a password, perhaps
-        return f"{parts.scheme}://…"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    found = SHOWN.fullmatch(path)
+    return found[1] + found[2] if found else f"{path.partition('://')[0]}://…"
 
 
 async def open_store(settings: StoreSettings) -> SQLiteStore:

@@ -88,7 +88,10 @@ def test_a_key_is_compared_with_every_hash_in_constant_time(monkeypatch: pytest.
 
 
 def test_the_mode_needs_keys() -> None:
-    assert malformed(AuthSettings("keys")) == "auth.mode is 'keys', but auth.keys names no key."
+    assert (
+        malformed(AuthSettings("keys"))
+        == "auth.mode is 'keys', but auth.keys names no key: 'responses-proxy key' makes one."
+    )
 
 
 @pytest.mark.parametrize("mode", ["none", "passthrough"])

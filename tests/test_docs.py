@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from edge import PASSED_PATHS
+from postgres_opening import PLANS
 from settings import SECTIONS, Settings, load_settings
 from stored import STORED_ROUTES
 from windows import WINDOW_ROUTES
@@ -212,3 +213,8 @@ def test_no_tracked_file_names_a_place_on_this_machine() -> None:
     ]
     found = [(path.name, place) for path in tracked() for place in places if place.encode() in path.read_bytes()]
     assert found == []
+
+
+def test_what_a_pooler_has_to_ignore_is_what_connections_begin_with() -> None:
+    told = (ROOT / "docs" / "state.md").read_text().partition("startup parameters")[2].partition("search_path")[0]
+    assert sorted(re.findall("`([a-z_]+)`", told)) == sorted([*PLANS, "idle_in_transaction_session_timeout"])

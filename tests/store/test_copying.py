@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from itertools import pairwise
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from compacting import until
+from conftest import ROOT, settings_of
 from postgres_server import Beside
 from run_builders import admit, batch, brief, cancel, claim_ids, claim_one, ending, finish, queued
 from store_builders import (
@@ -36,6 +39,7 @@ from store_places import FilePlace, PostgresPlace
 
 import copying
 import postgres_copying
+import services
 import sqlite_copying
 from errors import StoreError
 from postgres_tables import MIGRATIONS
@@ -46,6 +50,7 @@ from services import opener_of
 from store import StoreSettings, is_database
 from verbs import FirstUse, ItemIds, Lock, Page, conversation_lease
 
+KEY = base64.b64encode(b"k" * 32).decode()
 ROUTES = ["file file", "file database file", "database file database", "database other"]
 
 
@@ -226,6 +231,22 @@ async def test_a_store_that_somebody_works_on_is_not_copied(tmp_path: Path, data
         await copied(database, file)
 
 
+async def test_what_a_stopped_or_killed_proxy_leaves_in_a_database_does_not_keep_it_from_being_copied(
+    tmp_path: Path, database: str
+) -> None:
+    file = str(tmp_path / "a.db")
+    settings = settings_of("http://127.0.0.1:1/v1", store={"path": database}, sealing={"keys": (KEY,)})
+    with closing(Beside(database)) as beside:
+        async with services.opened(settings):
+            duties = "SELECT WHERE 2 = (SELECT count(*) FROM lease WHERE name IN ('duty retention', 'duty forgetting'))"
+            await until(lambda: beside.asked(duties))
+            with pytest.raises(StoreError, match="leases are held; stop the proxies first"):
+                await copied(database, file, time.time())
+        assert beside.asked("SELECT name FROM lease") == [("sealing keys",)]
+        beside.do(f"INSERT INTO lease VALUES ('duty retention', 'killed', {time.time() + 3600})")
+    assert (await copied(database, file, time.time()))[1] == []
+
+
 async def test_a_target_with_something_in_it_is_left_alone(tmp_path: Path, database: str) -> None:
     file = str(tmp_path / "a.db")
     for place in (file, database):
@@ -387,6 +408,20 @@ def test_the_command_tells_what_it_did_and_what_is_left(
     assert main(["copy", "--from", database, "--to", str(tmp_path / "b.db")]) == 0
     assert f"{tmp_path / 'b.db'}.key" in capsys.readouterr().out
     assert os.stat(tmp_path / "b.db").st_mode & 0o777 == 0o600
+
+
+def test_a_copy_that_is_refused_makes_nothing(
+    tmp_path: Path, database: str, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.db"
+    assert main(["copy", "--from", other, "--to", str(file)]) == 1
+    assert "holds no store of this program" in capsys.readouterr().err
+    with closing(Beside(database)) as beside:
+        assert beside.asked("SELECT FROM pg_tables WHERE schemaname = 'copied'") == []
+        beside.do(f"INSERT INTO lease VALUES ('talk', 'me', {time.time() + 30})")
+    assert main(["copy", "--from", database, "--to", str(file)]) == 1
+    assert "is in use" in capsys.readouterr().err
+    assert not file.exists()
 
 
 async def _filled(file: str) -> None:

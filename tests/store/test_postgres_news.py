@@ -45,6 +45,7 @@ NEVER_S = 3600.0
 LOGGER = "responses_proxy.postgres_news"
 LISTENER = """(SELECT pid FROM pg_stat_activity WHERE application_name = 'responses-proxy'
     ORDER BY backend_start DESC LIMIT 1)"""
+EVERYBODY_OFF = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'responses-proxy'"
 
 
 class Ear:
@@ -263,7 +264,7 @@ async def test_who_does_not_hear_any_more_looks_at_once(place: PostgresPlace, mo
     async with watcher_of(one) as watcher:
         await two.secret("name")
         assert not await watcher.anything.changed(0.2)
-        place.asked(f"SELECT pg_terminate_backend(pid) FROM {LISTENER} AS listener")
+        place.asked(EVERYBODY_OFF)
         assert await watcher.anything.changed(DEADLINE_S)
     await one.close()
     await two.close()

@@ -9,7 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import StartApp, settings_of
@@ -24,7 +26,7 @@ from errors import StoreError
 from postgres_tables import MIGRATIONS, TABLES
 from proxy import main
 from run_verbs import RunStore
-from services import make_seals, opener_of
+from services import make_seals, opened, opener_of
 from settings import SettingsError
 from store import SQLiteStore, StoreSettings, shown
 from store_postgres import PostgresStore, open_store
@@ -79,6 +81,10 @@ async def test_an_open_store_has_nothing_public_but_its_verbs(kept_in: MemoryPla
         ("postgres://me:sec@ret@db/name", "postgres://db/name"),
         ("postgresql://me:se/c@ret@db/name", "postgresql://…"),
         ("postgresql:///name?password=secret&host=/run", "postgresql:///name"),
+        ("postgresql://me:secret@[::1]:5432,other/name", "postgresql://[::1]:5432,other/name"),
+        ("postgresql://me:secret@[::1/name", "postgresql://…"),
+        ("postgresql://me:secret/name", "postgresql://…"),
+        ("postgresql://me:se#c@ret@db/name", "postgresql://…"),
         ("responses.db", "responses.db"),
     ],
 )
@@ -91,6 +97,7 @@ SECRET = "s3cr3t"
 UNUSABLE = [
     f"postgresql://me:{SECRET}@127.0.0.1:1/name",
     f"postgresql://me:{SECRET}@127.0.0.1:port/name",
+    f"postgresql://me:{SECRET}@[::1/name",
     f"postgresql:///name?password={SECRET}&host=/nowhere",
     # Not quite an address of a database, and still no file.
     f"postgresql+asyncpg://me:{SECRET}@127.0.0.1:1/name",
@@ -103,8 +110,9 @@ UNUSABLE = [
 @pytest.mark.parametrize("address", UNUSABLE)
 @pytest.mark.parametrize("command", COMMANDS[:3], ids="-".join)
 def test_a_command_that_cannot_use_a_database_says_so_in_one_line_without_its_password(
-    command: list[str], address: str, capsys: pytest.CaptureFixture[str]
+    command: list[str], address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("services.START_S", 0.0)  # nobody will be there
     code = main([*command, address])
     out, err = capsys.readouterr()
     assert (code, out, len(err.splitlines()), SECRET in err) == (2, "", 1, False)
@@ -130,9 +138,40 @@ def test_a_command_makes_no_tables_where_there_are_none(
         assert beside.asked("SELECT FROM pg_tables WHERE schemaname = current_schema()") == []
 
 
-async def test_a_schema_that_is_not_there_is_named_as_the_reason(place: PostgresPlace) -> None:
-    with pytest.raises(StoreError, match="has no schema of the name in its address"):
-        await open_store(StoreSettings(path=f"{place.url}_not_there"))
+# What is added to an address, or its name -> why it is refused and what to do, and whether that may be over by itself.
+REFUSED = {
+    "_not_there": ("has no schema of the name in its address: make it with CREATE SCHEMA", False),
+    "/not_there": ("has no database of that name: make it with CREATE DATABASE", False),
+    "&role=pg_monitor": ("has no schema .* CREATE SCHEMA, and let the user have USAGE of it", False),
+    "&search_path=public&role=pg_monitor": (
+        "may not be read or written by this user: the user needs .* CREATE and USAGE",
+        False,
+    ),
+    "&serch_path=name": ("has no setting of a name in its address: look at the options", False),
+    "&max_connections=5": ("does not let its address change a setting: look at the options", False),
+    "&statement_timeout=soon": ("refuses a setting in its address: look at the options", False),
+    "&sslmode=verify": ("has an sslmode that does not exist: disable, allow, prefer, require,", False),
+    "&sslmode=verify-full": ("cannot be verified without a root certificate: name its file in PGSSLROOTCERT", False),
+    "&sslmode=verify-full&sslrootcert=/not/there": (
+        "cannot be reached: .* no file of the names in PGSSLROOTCERT",
+        True,
+    ),
+    "&port=port": ("has an address that cannot be understood: it is written postgresql://user@host", False),
+    "&default_transaction_read_only=on": ("may not be written: it is a standby, perhaps", True),
+}
+
+
+@pytest.mark.parametrize("added", REFUSED)
+async def test_a_database_that_cannot_be_used_says_why_and_what_to_do(
+    empty: str, added: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where certificates are looked for
+    said, is_passing = REFUSED[added]
+    path = urlsplit(empty)._replace(path=added).geturl() if added.startswith("/") else f"{empty}{added}"
+    with pytest.raises(StoreError, match=f"^'postgresql://.*' {said}") as refused:
+        await open_store(StoreSettings(path=path))
+    assert refused.value.is_passing == is_passing
+    assert [line for line in caplog.messages if "database" in line] == []
 
 
 @pytest.mark.parametrize(
@@ -146,12 +185,15 @@ async def test_a_database_that_cannot_be_opened_is_told_without_its_password(res
     assert refused.value.__suppress_context__
 
 
-def test_a_store_in_a_database_needs_keys_that_all_processes_have() -> None:
-    sections: dict[str, Any] = {"store": {"path": "postgresql://me:secret@db/name"}}
-    with pytest.raises(SettingsError, match=r"sealing\.keys") as refused:
-        make_seals(settings_of("http://backend", **sections))
-    assert "secret" not in str(refused.value)
-    assert make_seals(settings_of("http://backend", **sections, sealing={"keys": (KEY,)}))
+async def test_a_store_in_a_database_needs_keys_that_all_processes_have_and_makes_nothing_before(empty: str) -> None:
+    path = f"{empty}&password={SECRET}"
+    with pytest.raises(SettingsError, match=r"sealing\.keys .* --store postgresql://' prints one") as refused:
+        async with opened(settings_of("http://backend", store={"path": path})):
+            pass
+    assert SECRET not in str(refused.value)
+    with closing(Beside(empty)) as beside:
+        assert beside.asked("SELECT FROM pg_tables WHERE schemaname = current_schema()") == []
+    assert make_seals(settings_of("http://backend", store={"path": path}, sealing={"keys": (KEY,)}))
 
 
 def test_a_rotation_for_a_database_gives_a_key_for_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
