@@ -70,9 +70,11 @@ SCHEMA_1 = (
         id text NOT NULL,
         body bytea NOT NULL,          -- JSON
         PRIMARY KEY (turn, place))""",
-    "CREATE INDEX item_by_id ON item (id) WHERE is_foreign",
+    # Clients choose these ids, which may be longer than what a tree takes.
+    "CREATE INDEX item_by_id ON item USING hash (id) WHERE is_foreign",
     """CREATE TABLE lease (
         name text PRIMARY KEY, holder text NOT NULL, until_at double precision NOT NULL)""",
+    "CREATE INDEX lease_by_holder ON lease (holder)",
     """CREATE TABLE first_use (
         owner text, key text, digest bytea NOT NULL, response text NOT NULL, until_at bigint NOT NULL,
         PRIMARY KEY (owner, key))""",
@@ -110,6 +112,7 @@ SCHEMA_1 = (
     "CREATE INDEX run_by_conversation ON run (conversation) WHERE conversation IS NOT NULL",
     # When in the round an owner's last run was taken. Every owner who has runs has a row, and perhaps others.
     "CREATE TABLE queue (owner text PRIMARY KEY, served bigint NOT NULL)",
+    "CREATE INDEX queue_by_served ON queue (served)",
     "CREATE SEQUENCE round",
     # The events of a streamed run can be read until then; infinite while it runs.
     "CREATE TABLE log (run bigint PRIMARY KEY, turn bigint NOT NULL, until_at double precision NOT NULL)",

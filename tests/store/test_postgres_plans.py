@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from urllib.parse import urlencode
@@ -60,3 +61,45 @@ def test_a_statement_that_turns_wait_for_reads_no_growing_table_as_a_whole(plann
     planner.do("DEALLOCATE planned")
     read = [line.split(" on ")[1].split()[0] for (line,) in plan if "Seq Scan on " in line]
     assert not set(read) & set(GROWING)
+
+
+OWNERS, RUNS_OF_EACH, LEASES = 500, 4, 500
+RUNS = OWNERS * RUNS_OF_EACH
+# Of one owner all responses, each with a run, whose owners are many.
+FILL = f"""INSERT INTO settings VALUES ('', 'm', '');
+    INSERT INTO thread (tip, is_conversation) SELECT 0, false FROM generate_series(1, {RUNS});
+    INSERT INTO turn (id, owner, thread, depth, settings, status, created_at, ages_from, body)
+        SELECT 'resp_' || seq, 'o', seq, 0, '', 'queued', 1000, 1000, '' FROM thread;
+    INSERT INTO run (turn, owner, request, admitted_at) SELECT seq, 'o' || seq % {OWNERS}, '', 1 FROM turn ORDER BY seq;
+    INSERT INTO queue SELECT owner, nextval('round') FROM run GROUP BY owner;
+    INSERT INTO lease SELECT 'lease ' || n, n, 1e12 FROM generate_series(1, {LEASES}) AS n"""
+# Statement -> its values, and how many rows it may look at, each time that it looks: of thousands.
+LOOKS = {
+    "claim": (runs.CLAIM, {"holder": "me", "until_at": 1e12, "at_most": 8}, OWNERS),
+    "old": (forgetting.OLD, {"before_at": 999, "at_most": 100}, 10),
+    "sweep of the queue": (forgetting.SWEEP_QUEUE, {}, RUNS),
+    "response": (reads.ONE_RESPONSE, {"owner": "o", "id": "resp_0"}, 10),
+    "window": (reads.RESPONSE_WINDOW, {"owner": "o", "id": "resp_0"}, 10),
+    "stop": (runs.STOP, {"owner": "o", "id": "resp_0", "log_until_at": 0.0, "lives_until": 0.0}, 10),
+}
+
+
+@pytest.fixture(scope="module")
+def filled(planner: Beside) -> Beside:
+    """Rows that have just come, of which nothing is known."""
+    planner.do(FILL)
+    return planner
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_statement_looks_at_few_rows_of_tables_that_have_just_grown(filled: Beside, name: str) -> None:
+    statement, values, at_most = LOOKS[name]
+    filled.do("BEGIN")
+    try:
+        asked = f"EXPLAIN (ANALYZE, TIMING OFF) {statement.text}"
+        plan = [line for (line,) in filled.asked(asked, *statement.values(values))]
+    finally:
+        filled.do("ROLLBACK")
+    counted = re.findall(r"actual rows=(\d+) loops=(\d+)|Rows Removed by .*: (\d+)", "\n".join(plan))
+    looked_at = [int(rows or 0) * int(loops or 0) + int(removed or 0) for rows, loops, removed in counted]
+    assert max(looked_at) <= at_most, "\n".join(plan)
