@@ -128,10 +128,11 @@ class ForeignOrigin(InvalidRequest):
 
 
 class StoreError(ProxyError):
-    """`is_passing`: it may be gone by itself after a while."""
+    """`is_passing`: it may be gone by itself after a while. `is_unsure`: what was to be written may have been."""
 
     status, code = 503, "store_unavailable"
     is_passing = False
+    is_unsure = False
 
 
 class UnfinishedCopy(StoreError):

@@ -67,6 +67,8 @@ RACED_CONSTRAINTS = frozenset({"turn_place"})
 class Unheard(StoreError):
     """The connection broke after something was sent: it was carried out, or it was not."""
 
+    is_unsure = True
+
 
 def reason_of(error: BaseException) -> str:
     """Without a word of the database's own, which may quote what was sent."""

@@ -198,9 +198,11 @@ def _of(held: Held) -> dict[str, Any]:
 
 # -- the log -----------------------------------------------------------------------------------------------------------
 
-# A batch whose writer never learned that it was written comes again, perhaps with more events at its end.
+# A batch whose writer never learned that it was written comes again, perhaps with more events at its end. A shorter one
+# that was given up, and arrives only after that, takes none of them away.
 LOG = Statement(
-    f"""WITH claimed AS (UPDATE run SET next_number = :next_number WHERE {OF_CLAIM} AND NOT is_stopped RETURNING seq)
+    f"""WITH claimed AS (UPDATE run SET next_number = :next_number
+        WHERE {OF_CLAIM} AND NOT is_stopped AND next_number <= :next_number RETURNING seq)
     INSERT INTO event (run, first, body) SELECT seq, :first::bigint, :frames::bytea FROM claimed
     ON CONFLICT (run, first) DO UPDATE SET body = excluded.body RETURNING 1"""
 )
