@@ -5,6 +5,8 @@ May not know statements or tables. No message tells the address of the database,
 
 from __future__ import annotations
 
+import ssl
+
 import asyncpg  # type: ignore[import-untyped]
 
 from errors import StoreError
@@ -33,9 +35,12 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.InterfaceError, "has lost its connection"),
     (asyncpg.InternalClientError, "has lost its connection"),
     (TimeoutError, "does not answer in time"),
+    (ssl.SSLCertVerificationError, "shows a certificate that is not trusted here, or is another server's"),
+    (ssl.SSLError, "cannot be spoken to over TLS: see its certificates, and those that its address names"),
     (OSError, "cannot be reached"),
     (ValueError, "has an address that cannot be understood"),
 )
+NO_ROOT = "root certificate file"
 BUSY = "has no free connection"
 FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 # After these nobody knows whether the statement was carried out: its connection is gone.
@@ -72,6 +77,8 @@ class Unheard(StoreError):
 
 def reason_of(error: BaseException) -> str:
     """Without a word of the database's own, which may quote what was sent."""
+    if isinstance(error, asyncpg.ClientConfigurationError) and str(error).startswith(NO_ROOT):
+        return "cannot be told from another server: name the file of its root certificate as sslrootcert in its address"
     return next((reason for kind, reason in REASONS if isinstance(error, kind)), f"failed ({type(error).__name__})")
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from functools import partial
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg  # type: ignore[import-untyped]
 
@@ -35,6 +37,7 @@ PLANS = {
     "jit": "off",
 }
 NOW = "SELECT extract(epoch FROM clock_timestamp())::double precision"
+TLS_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 CLOCKS_APART_S = 2.0
 # How soon a connection that listens has to answer.
 ANSWER_WITHIN_S = 5.0
@@ -58,6 +61,7 @@ async def opened_database(settings: StoreSettings, may_make: bool) -> Database:
 
 async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncpg.Pool:
     """Raises: StoreError."""
+    _refuse_lost_files(what, settings.path)
     try:
         pool = await _pool(settings, known)
         with contextlib.ExitStack() as stack:
@@ -69,6 +73,13 @@ async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncp
         refusal.__cause__ = None  # it may tell the address, and so a password
         raise refusal from None
     return pool
+
+
+def _refuse_lost_files(what: str, address: str) -> None:
+    """Raises: StoreError. The connection would not tell it from a socket that is not there yet, and wait for that."""
+    for name, value in parse_qsl(urlsplit(address).query):
+        if name in TLS_FILES and not os.path.isfile(value):
+            raise StoreError(f"{what} cannot be reached: there is no file as its address names it in {name}.")
 
 
 async def _look_at_clock(pool: asyncpg.Pool, limit_s: float) -> None:

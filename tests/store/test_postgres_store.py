@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,26 @@ async def test_a_database_that_cannot_be_opened_is_told_without_its_password(res
     assert (refused.value.retry_after_s or 0) > 0
     assert "secret" not in f"{refused.value.message}{refused.value.logged}{refused.value.__cause__!r}"
     assert refused.value.__suppress_context__
+
+
+NO_ROOT = "told from another server: name the file of its root certificate as sslrootcert"
+# Of an address, after its question mark -> what is said of it.
+TLS = {
+    "sslmode=verify-full": NO_ROOT,
+    "sslmode=verify-ca": NO_ROOT,
+    "sslmode=verify-full&sslrootcert=/nowhere/root.crt": "there is no file as its address names it in sslrootcert",
+    "sslmode=require&sslcert=/nowhere/own.crt": "there is no file as its address names it in sslcert",
+    f"sslmode=verify-full&sslrootcert={__file__}": "cannot be spoken to over TLS",
+}
+
+
+@pytest.mark.parametrize("options", TLS)
+async def test_an_address_with_certificates_that_are_not_there_is_told_so(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreError, match=TLS[options]):
+        await open_store(StoreSettings(path=f"postgresql://me@127.0.0.1:1/name?{options}"))
 
 
 def test_a_store_in_a_database_needs_keys_that_all_processes_have() -> None:
