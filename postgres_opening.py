@@ -11,7 +11,7 @@ import math
 import os
 import time
 from functools import partial
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import asyncpg  # type: ignore[import-untyped]
 
@@ -77,7 +77,7 @@ async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncp
 
 def _refuse_lost_files(what: str, address: str) -> None:
     """Raises: StoreError. The connection would not tell it from a socket that is not there yet, and wait for that."""
-    for name, value in parse_qsl(urlsplit(address).query):
+    for name, value in parse_qsl(address.partition("?")[2]):
         if name in TLS_FILES and not os.path.isfile(value):
             raise StoreError(f"{what} cannot be reached: there is no file as its address names it in {name}.")
 

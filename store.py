@@ -12,7 +12,6 @@ import sqlite3
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -65,10 +64,12 @@ def shown(path: str) -> str:
     """A store as messages name it: of a database without user, password and options."""
     if not is_database(path):
         return path
-    parts = urlsplit(path)
-    if "@" in parts.path + parts.query + parts.fragment:  # it was cut in a password, perhaps
-        return f"{parts.scheme}://…"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = path.partition("://")
+    address, _, options = rest.partition("?")
+    host, slash, name = address.partition("/")
+    if "@" in name + options:  # it was cut in a password, perhaps
+        return f"{scheme}://…"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{name}"
 
 
 async def open_store(settings: StoreSettings) -> SQLiteStore:

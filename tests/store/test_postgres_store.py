@@ -79,6 +79,8 @@ async def test_an_open_store_has_nothing_public_but_its_verbs(kept_in: MemoryPla
         ("postgresql://me:secret@db:5432/name?sslmode=require", "postgresql://db:5432/name"),
         ("postgres://me:sec@ret@db/name", "postgres://db/name"),
         ("postgresql://me:se/c@ret@db/name", "postgresql://…"),
+        ("postgresql://me:se#cr[et@db/name", "postgresql://db/name"),
+        ("postgresql://me:se?cret@db/name", "postgresql://…"),
         ("postgresql:///name?password=secret&host=/run", "postgresql:///name"),
         ("responses.db", "responses.db"),
     ],
@@ -93,6 +95,8 @@ UNUSABLE = [
     f"postgresql://me:{SECRET}@127.0.0.1:1/name",
     f"postgresql://me:{SECRET}@127.0.0.1:port/name",
     f"postgresql:///name?password={SECRET}&host=/nowhere",
+    f"postgresql://me:[{SECRET}@127.0.0.1:1/name",
+    f"postgresql://me:{SECRET}℀@127.0.0.1:1/name",
     # Not quite an address of a database, and still no file.
     f"postgresql+asyncpg://me:{SECRET}@127.0.0.1:1/name",
     f"POSTGRESQL://me:{SECRET}@127.0.0.1:1/name",
