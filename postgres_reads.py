@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from errors import InvalidRequest
 from postgres_pool import Asked, Row, Statement
-from postgres_tables import TABLES
+from postgres_tables import HEAD, TABLES
 from reads import COMPACTION, EMPTY, LAST, LISTED
 from schema import OUTPUTS_AT, PLACES
 from verbs import Conversation, KeptResponse, Listed, NewItem, Page, Window, response_of
@@ -111,11 +111,12 @@ ITEMS = """SELECT item.body FROM turn JOIN item ON item.turn = turn.seq
     ORDER BY turn.depth {order}, item.place {order} LIMIT :at_most"""
 ITEMS_IN = {order: Statement(ITEMS.format(order=order)) for order in ("asc", "desc")}
 ITEMS_WITH = Statement(
-    """SELECT item.turn, item.place, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
+    f"""SELECT item.turn, item.place, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
         (turn.deleted_at IS NULL AND turn.lives_until IS NULL) OR (thread.is_conversation AND NOT item.is_removed)
             AS is_living,
         turn.id IS NOT NULL AS is_of_response, item.id, item.body
     FROM (SELECT turn, place FROM item WHERE id = ANY(:ids) AND is_foreign
+        AND {HEAD.format('id')} = ANY(ARRAY(SELECT {HEAD.format('given')} FROM unnest(:ids::text[]) AS given))
         UNION ALL SELECT item.turn, item.place FROM turn JOIN item ON item.turn = turn.seq
         WHERE turn.id = ANY(:responses) AND item.id = ANY(:ids) AND NOT item.is_foreign) AS found
     JOIN item ON item.turn = found.turn AND item.place = found.place

@@ -9,6 +9,8 @@ from __future__ import annotations
 # Of pg_advisory_xact_lock: one process migrates at a time, one admits, one makes things unknown.
 MIGRATING, ADMITTING, FORGETTING = 0x5270_5278_01, 0x5270_5278_02, 0x5270_5278_03
 
+# What of an id has room in an index.
+HEAD = "left({}, 600)"
 # In the order in which they are made.
 TABLES = (
     *("secret", "settings", "thread", "conversation", "turn", "item", "lease", "first_use", "learned", "account"),
@@ -70,8 +72,8 @@ SCHEMA_1 = (
         id text NOT NULL,
         body bytea NOT NULL,          -- JSON
         PRIMARY KEY (turn, place))""",
-    # Clients choose these ids, which may be longer than what a tree takes.
-    "CREATE INDEX item_by_id ON item USING hash (id) WHERE is_foreign",
+    # Clients choose these ids: they may be longer than what a tree takes, and the same in many turns.
+    f"CREATE INDEX item_by_id ON item ({HEAD.format('id')}) WHERE is_foreign",
     """CREATE TABLE lease (
         name text PRIMARY KEY, holder text NOT NULL, until_at double precision NOT NULL)""",
     "CREATE INDEX lease_by_holder ON lease (holder)",
