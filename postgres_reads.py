@@ -116,7 +116,7 @@ ITEMS_WITH = Statement(
             AS is_living,
         turn.id IS NOT NULL AS is_of_response, item.id, item.body
     FROM (SELECT turn, place FROM item WHERE id = ANY(:ids) AND is_foreign
-        AND {HEAD.format('id')} = ANY(ARRAY(SELECT {HEAD.format('given')} FROM unnest(:ids::text[]) AS given))
+        AND {HEAD.format("id")} = ANY(ARRAY(SELECT {HEAD.format("given")} FROM unnest(:ids::text[]) AS given))
         UNION ALL SELECT item.turn, item.place FROM turn JOIN item ON item.turn = turn.seq
         WHERE turn.id = ANY(:responses) AND item.id = ANY(:ids) AND NOT item.is_foreign) AS found
     JOIN item ON item.turn = found.turn AND item.place = found.place
