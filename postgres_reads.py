@@ -55,11 +55,12 @@ class _Kept(NamedTuple):
 # By the id: while nothing is known of the table, the index of owners looks as good, and an owner may have all turns.
 OWN = "turn.id = :id AND turn.owner IS NOT DISTINCT FROM :owner AND turn.deleted_at IS NULL"
 LASTING = "turn.lives_until IS NULL"
-# The turn before `place`, or above that: the thread it is in, and a depth.
+# The turn before `place`, or above that: the thread it is in, and a depth. A parent is known by its depth: else all
+# forks might be read, while there seem to be none.
 END_BEFORE = """SELECT place.thread, place.depth - 1 AS depth FROM place
         WHERE EXISTS (SELECT FROM turn WHERE turn.thread = place.thread AND turn.depth < place.depth)
     UNION ALL SELECT thread.parent, thread.parent_depth FROM place JOIN thread ON thread.seq = place.thread
-        WHERE thread.parent IS NOT NULL
+        WHERE thread.parent_depth IS NOT NULL
         AND NOT EXISTS (SELECT FROM turn WHERE turn.thread = place.thread AND turn.depth < place.depth)"""
 NEWEST_COMPACTION = """LEFT JOIN LATERAL (SELECT turn.depth, turn.compaction FROM turn WHERE turn.thread = {thread}
     AND turn.depth <= {depth} AND turn.compaction IS NOT NULL ORDER BY turn.depth DESC LIMIT 1) AS fold ON true"""
@@ -68,7 +69,7 @@ LINE = f"""line (thread, low, high, place) AS (
     SELECT start.thread, fold.depth, start.depth, fold.compaction FROM start
         {NEWEST_COMPACTION.format(thread="start.thread", depth="start.depth")}
     UNION ALL SELECT thread.parent, fold.depth, thread.parent_depth, fold.compaction
-        FROM line JOIN thread ON thread.seq = line.thread AND thread.parent IS NOT NULL
+        FROM line JOIN thread ON thread.seq = line.thread AND thread.parent_depth IS NOT NULL
         {NEWEST_COMPACTION.format(thread="thread.parent", depth="thread.parent_depth")}
         WHERE line.low IS NULL)"""
 # Of the turn `newest`: what its window tells of it, and the items. No row of `place`: nothing of that name is there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import pytest
@@ -74,7 +75,7 @@ FILL = f"""INSERT INTO settings VALUES ('', 'm', '');
     INSERT INTO queue SELECT owner, nextval('round') FROM run GROUP BY owner;
     INSERT INTO lease SELECT 'lease ' || n, n, 1e12 FROM generate_series(1, {LEASES}) AS n"""
 # Statement -> its values, and how many rows it may look at, each time that it looks: of thousands.
-LOOKS = {
+LOOKS: dict[str, tuple[Statement, dict[str, Any], int]] = {
     "claim": (runs.CLAIM, {"holder": "me", "until_at": 1e12, "at_most": 8}, OWNERS),
     "old": (forgetting.OLD, {"before_at": 999, "at_most": 100}, 10),
     "sweep of the queue": (forgetting.SWEEP_QUEUE, {}, RUNS),
@@ -91,15 +92,43 @@ def filled(planner: Beside) -> Beside:
     return planner
 
 
+class Looked(NamedTuple):
+    """How a statement was carried out, and how many rows each part of it has looked at."""
+
+    text: str
+    rows: list[int]
+
+
+def looked(beside: Beside, statement: Statement, values: dict[str, Any]) -> Looked:
+    asked = f"EXPLAIN (ANALYZE, TIMING OFF) {statement.text}"
+    text = "\n".join(line for (line,) in beside.asked(asked, *statement.values(values)))
+    counted = re.findall(r"actual rows=(\d+) loops=(\d+)|Rows Removed by .*: (\d+)", text)
+    return Looked(text, [int(rows or 0) * int(loops or 0) + int(removed or 0) for rows, loops, removed in counted])
+
+
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_statement_looks_at_few_rows_of_tables_that_have_just_grown(filled: Beside, name: str) -> None:
     statement, values, at_most = LOOKS[name]
     filled.do("BEGIN")
     try:
-        asked = f"EXPLAIN (ANALYZE, TIMING OFF) {statement.text}"
-        plan = [line for (line,) in filled.asked(asked, *statement.values(values))]
+        plan = looked(filled, statement, values)
     finally:
         filled.do("ROLLBACK")
-    counted = re.findall(r"actual rows=(\d+) loops=(\d+)|Rows Removed by .*: (\d+)", "\n".join(plan))
-    looked_at = [int(rows or 0) * int(loops or 0) + int(removed or 0) for rows, loops, removed in counted]
-    assert max(looked_at) <= at_most, "\n".join(plan)
+    assert max(plan.rows) <= at_most, plan.text
+
+
+# All of a sudden, after statistics that know of none.
+FORKS = f"""INSERT INTO thread (parent, parent_depth, tip, is_conversation)
+        SELECT seq, 0, 1, false FROM thread ORDER BY seq LIMIT {RUNS};
+    INSERT INTO turn (id, owner, thread, depth, settings, status, created_at, body)
+        SELECT 'resp_fork', 'o', max(seq), 1, '', 'completed', 1000, '' FROM thread"""
+
+
+@pytest.mark.parametrize("statement", [reads.RESPONSE_WINDOW, reads.WINDOW_BEFORE], ids=["window", "window before"])
+def test_a_window_looks_at_its_own_threads_only(filled: Beside, statement: Statement) -> None:
+    filled.do(f"BEGIN; ANALYZE thread; {FORKS}")
+    try:
+        plan = looked(filled, statement, {"owner": "o", "id": "resp_fork"})
+    finally:
+        filled.do("ROLLBACK")
+    assert max(plan.rows) <= 10, plan.text
