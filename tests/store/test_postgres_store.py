@@ -12,12 +12,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from conftest import StartApp, settings_of
 from postgres_server import Beside
 from run_builders import begin, queued, waiting_ids
 from scripted import Backend, Script, chunk, plain, streamed
-from store_builders import NOW, OWNER, both_of, save_chain, turn, window_ids
+from store_builders import NOW, OWNER, both_of, conversation, message, save_chain, turn, window_ids
 from store_places import MemoryPlace, Place, PostgresPlace
 
 import postgres_pool
@@ -250,6 +251,34 @@ async def test_a_statement_that_takes_too_long_is_refused_and_works_later(place:
         other.do("ROLLBACK")
     await store.save(turn("a"))
     assert await window_ids(store, "a") == both_of("a")
+    await store.close()
+
+
+async def test_a_transaction_whose_end_is_cancelled_too_leaves_no_connection_in_it(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await place.open(pool_size=1)
+    await store.create_conversation(OWNER, conversation("conv"), ())
+    undoing, usual = asyncio.Event(), asyncpg.transaction.Transaction.rollback
+
+    async def rollback(self: asyncpg.transaction.Transaction) -> None:
+        undoing.set()
+        await asyncio.Event().wait()
+
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: complaints.append(told["message"]))
+    monkeypatch.setattr(asyncpg.transaction.Transaction, "rollback", rollback)
+    with place.locked():
+        adding = asyncio.create_task(store.add_items(OWNER, "conv", (message("m"),), NOW))
+        while not place.asked("SELECT FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110 - the server cannot tell
+            await asyncio.sleep(0.01)
+        adding.cancel()
+        await undoing.wait()
+        adding.cancel()
+        await asyncio.wait({adding})
+    monkeypatch.setattr(asyncpg.transaction.Transaction, "rollback", usual)
+    assert await store.add_items(OWNER, "conv", (message("m"),), NOW)
+    assert complaints == []
     await store.close()
 
 
