@@ -177,7 +177,7 @@ class Desk:
         """Whoever waits is refused too: each would wait as long for the same. What is in flight is told in any case."""
         if not self._is_out:
             log.warning("what an owner uses could not be counted: %s", error.message)
-        self._tokens_s += charge.tokens_s
+        self._tokens_s += 0.0 if error.is_unsure else charge.tokens_s  # once at most
         if wish is not None:
             wish.fail(error)
         self._refuse_all(error)

@@ -15,8 +15,8 @@ ProxyError                    500  server_error: anything that a client is told 
 │   ├── RateLimited           429  rate_limit_exceeded: its owner asks for more than the settings allow
 │   └── ForeignOrigin         403  origin_not_allowed: a web page that is not welcome
 ├── StoreError                503  store_unavailable: nothing can be read from the store, or written to it, just now
-│   ├── Unheard                    of a write: it was carried out, or it was not
-│   └── UnfinishedCopy             what a store holds is a part of another one: the copy into it has not ended
+│   ├── UnfinishedCopy             what a store holds is a part of another one: the copy into it has not ended
+│   └── Unheard                    of a database: what was to be written may have been: postgres_errors.py
 └── UpstreamError             502  the backend's fault, or the way to it: upstream_errors.py
 
 Two vocabularies, those of the openai SDK: an HTTP error body, and `ResponseError` of a failed response.
@@ -129,10 +129,11 @@ class ForeignOrigin(InvalidRequest):
 
 
 class StoreError(ProxyError):
-    """`is_passing`: it may be gone by itself after a while."""
+    """`is_passing`: it may be gone by itself after a while. `is_unsure`: what was to be written may have been."""
 
     status, code = 503, "store_unavailable"
     is_passing = False
+    is_unsure = False
 
 
 class UnfinishedCopy(StoreError):

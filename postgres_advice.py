@@ -5,8 +5,10 @@ May not know connections. Words of the database's own are looked at and never re
 
 from __future__ import annotations
 
+import os
 import ssl
 from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 import asyncpg  # type: ignore[import-untyped]
 
@@ -25,6 +27,7 @@ class Advice(NamedTuple):
     is_passing: bool | None = None
 
 
+TLS_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 OPTIONS = "look at the options behind the '?' of the address"
 WRITE_THE_ADDRESS = (
     "it is written postgresql://user@host:5432/database; a password with other signs than letters and digits belongs "
@@ -75,12 +78,9 @@ ADVICE = (
     Advice(
         ssl.SSLCertVerificationError,
         "look at the host in the address, and at PGSSLROOTCERT",
-        reason="has a certificate that is not trusted, or is that of another host",
         is_passing=False,
     ),
-    Advice(
-        ssl.SSLError, "look at its certificate, and at PGSSLROOTCERT, PGSSLCERT and PGSSLKEY", reason="fails at TLS"
-    ),
+    Advice(ssl.SSLError, "look at its certificate, and at PGSSLROOTCERT, PGSSLCERT and PGSSLKEY"),
     Advice(
         ConnectionError,
         "switch ssl on there, or choose another sslmode (PGSSLMODE)",
@@ -111,3 +111,10 @@ def opening_error(error: BaseException, what: str) -> StoreError:
         told = advised
     told.__cause__ = None
     return told
+
+
+def refuse_lost_files(what: str, address: str) -> None:
+    """Raises: StoreError. The connection would not tell it from a socket that is not there yet, and wait for that."""
+    for name, value in parse_qsl(address.partition("?")[2]):
+        if name in TLS_FILES and not os.path.isfile(value):
+            raise StoreError(f"{what} cannot be reached: there is no file as its address names it in {name}.")

@@ -5,6 +5,8 @@ May not know statements or tables. No message tells the address of the database,
 
 from __future__ import annotations
 
+import ssl
+
 import asyncpg  # type: ignore[import-untyped]
 
 from errors import StoreError
@@ -33,6 +35,8 @@ REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (asyncpg.InterfaceError, "has lost its connection"),
     (asyncpg.InternalClientError, "has lost its connection"),
     (TimeoutError, "does not answer in time"),
+    (ssl.SSLCertVerificationError, "has a certificate that is not trusted, or is that of another host"),
+    (ssl.SSLError, "fails at TLS"),
     (OSError, "cannot be reached"),
     (ValueError, "has an address that cannot be understood"),
 )
@@ -66,6 +70,8 @@ RACED_CONSTRAINTS = frozenset({"turn_place"})
 
 class Unheard(StoreError):
     """The connection broke after something was sent: it was carried out, or it was not."""
+
+    is_unsure = True
 
 
 def reason_of(error: BaseException) -> str:

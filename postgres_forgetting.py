@@ -6,6 +6,8 @@ time does so.
 
 from __future__ import annotations
 
+import math
+
 from postgres_pool import Statement, Transaction, Verb
 from postgres_quotas import SWEEP as SWEEP_ACCOUNTS
 from postgres_reads import OWN
@@ -14,9 +16,10 @@ from postgres_writes import ERASE_AHEAD, ONE_FORGETS
 
 # How many responses one transaction of a purge takes, so that nobody waits long for it.
 PURGED_AT_ONCE = 100
+LATEST_AT = 2.0**62
 DOOMED = Statement(f"SELECT seq, thread FROM turn WHERE {OWN}")
 OLD = Statement(
-    """SELECT seq, thread FROM turn WHERE ages_from < :before_at::double precision AND ages_from IS NOT NULL
+    """SELECT seq, thread FROM turn WHERE ages_from < :before_at AND ages_from IS NOT NULL
     AND deleted_at IS NULL ORDER BY ages_from LIMIT :at_most"""
 )
 RUNNING = Statement("SELECT turn FROM run WHERE turn = ANY(:turns) AND NOT is_stopped ORDER BY seq")
@@ -59,7 +62,11 @@ SWEEP = (
     SWEEP_ACCOUNTS,
     Statement("DELETE FROM settings WHERE NOT EXISTS (SELECT FROM turn WHERE turn.settings = settings.digest)"),
 )
-SWEEP_QUEUE = Statement("DELETE FROM queue WHERE NOT EXISTS (SELECT FROM run WHERE run.owner = queue.owner)")
+# Each owner's next run is looked for by the owner: to read all runs for all owners holds up admissions for long.
+SWEEP_QUEUE = Statement(
+    """DELETE FROM queue WHERE owner NOT IN (SELECT owner FROM run WHERE holder IS NOT NULL)
+    AND (SELECT true FROM run WHERE run.owner = queue.owner AND holder IS NULL LIMIT 1) IS NULL"""
+)
 
 
 async def delete_response(db: Transaction, owner: str, response_id: str, now: float) -> bool:
@@ -111,9 +118,14 @@ async def _prune(db: Transaction, thread: int | None) -> None:
 async def forget_some(db: Transaction, before_at: float, now: float) -> int:
     """Of the responses that age from before that time; how many it was."""
     await db.run(ONE_FORGETS)
-    old = await db.rows(OLD, {"before_at": before_at, "at_most": PURGED_AT_ONCE})
+    old = await db.rows(OLD, {"before_at": _whole(before_at), "at_most": PURGED_AT_ONCE})
     await forget(db, [(row["seq"], row["thread"]) for row in old], now)
     return len(old)
+
+
+def _whole(before_at: float) -> int:
+    """Whole seconds, as times are kept: compared with a fraction, all of them would be read."""
+    return math.ceil(min(max(before_at, 0.0), LATEST_AT))
 
 
 async def sweep(db: Verb, now: float) -> None:

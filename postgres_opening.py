@@ -14,7 +14,7 @@ from functools import partial
 import asyncpg  # type: ignore[import-untyped]
 
 from errors import StoreError, UnfinishedCopy
-from postgres_advice import opening_error
+from postgres_advice import opening_error, refuse_lost_files
 from postgres_errors import FAILURES
 from postgres_pool import Database, Known, Limits, NotSent, Statement, Transaction
 from postgres_tables import COPYING, HAS_VERSION, MIGRATING, MIGRATIONS, VERSION_TABLE
@@ -63,6 +63,7 @@ async def opened_database(settings: StoreSettings, may_make: bool) -> Database:
 
 async def _connected(what: str, settings: StoreSettings, known: Known) -> asyncpg.Pool:
     """Raises: StoreError."""
+    refuse_lost_files(what, settings.path)
     try:
         pool = await _pool(settings, known)
         with contextlib.ExitStack() as stack:

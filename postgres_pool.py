@@ -94,13 +94,12 @@ class Transaction:
 
     async def _undo(self, transaction: asyncpg.transaction.Transaction) -> None:
         """A database that does not even answer to that loses its connection, and ends the transaction by itself."""
-        is_undone = False
-        with contextlib.suppress(*FAILURES):
-            async with asyncio.timeout(CANCEL_S):
-                await transaction.rollback()
-                is_undone = True
-        if not is_undone:
-            self._connection.terminate()
+        with contextlib.ExitStack() as cutting:
+            cutting.callback(self._connection.terminate)
+            with contextlib.suppress(*FAILURES):
+                async with asyncio.timeout(CANCEL_S):
+                    await transaction.rollback()
+                    cutting.pop_all()
 
 
 class Limits(NamedTuple):

@@ -41,6 +41,12 @@ SWEEP = Statement(
 )
 
 
+def without_cost(charge: Charge) -> Charge:
+    """What is still to be told of a charge that may be on the account already."""
+    most_requests_s = charge.most_requests_s + charge.requests_s
+    return msgspec.structs.replace(charge, tokens_s=0.0, requests_s=0.0, most_requests_s=most_requests_s)
+
+
 async def charge(db: Asked, charge: Charge) -> Used:
     values: dict[str, Any] = msgspec.structs.asdict(charge)
     while (row := await db.row(CHARGE, values)) is None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from errors import InvalidRequest
 from postgres_pool import Asked, Row, Statement
-from postgres_tables import TABLES
+from postgres_tables import HEAD, TABLES
 from reads import COMPACTION, EMPTY, LAST, LISTED
 from schema import OUTPUTS_AT, PLACES
 from verbs import Conversation, KeptResponse, Listed, NewItem, Page, Window, response_of
@@ -52,13 +52,15 @@ class _Kept(NamedTuple):
     body: bytes
 
 
-OWN = "turn.id = :id AND turn.owner = :owner AND turn.deleted_at IS NULL"
+# By the id: while nothing is known of the table, the index of owners looks as good, and an owner may have all turns.
+OWN = "turn.id = :id AND turn.owner IS NOT DISTINCT FROM :owner AND turn.deleted_at IS NULL"
 LASTING = "turn.lives_until IS NULL"
-# The turn before `place`, or above that: the thread it is in, and a depth.
+# The turn before `place`, or above that: the thread it is in, and a depth. A parent is known by its depth: else all
+# forks might be read, while there seem to be none.
 END_BEFORE = """SELECT place.thread, place.depth - 1 AS depth FROM place
         WHERE EXISTS (SELECT FROM turn WHERE turn.thread = place.thread AND turn.depth < place.depth)
     UNION ALL SELECT thread.parent, thread.parent_depth FROM place JOIN thread ON thread.seq = place.thread
-        WHERE thread.parent IS NOT NULL
+        WHERE thread.parent_depth IS NOT NULL
         AND NOT EXISTS (SELECT FROM turn WHERE turn.thread = place.thread AND turn.depth < place.depth)"""
 NEWEST_COMPACTION = """LEFT JOIN LATERAL (SELECT turn.depth, turn.compaction FROM turn WHERE turn.thread = {thread}
     AND turn.depth <= {depth} AND turn.compaction IS NOT NULL ORDER BY turn.depth DESC LIMIT 1) AS fold ON true"""
@@ -67,7 +69,7 @@ LINE = f"""line (thread, low, high, place) AS (
     SELECT start.thread, fold.depth, start.depth, fold.compaction FROM start
         {NEWEST_COMPACTION.format(thread="start.thread", depth="start.depth")}
     UNION ALL SELECT thread.parent, fold.depth, thread.parent_depth, fold.compaction
-        FROM line JOIN thread ON thread.seq = line.thread AND thread.parent IS NOT NULL
+        FROM line JOIN thread ON thread.seq = line.thread AND thread.parent_depth IS NOT NULL
         {NEWEST_COMPACTION.format(thread="thread.parent", depth="thread.parent_depth")}
         WHERE line.low IS NULL)"""
 # Of the turn `newest`: what its window tells of it, and the items. No row of `place`: nothing of that name is there.
@@ -110,11 +112,12 @@ ITEMS = """SELECT item.body FROM turn JOIN item ON item.turn = turn.seq
     ORDER BY turn.depth {order}, item.place {order} LIMIT :at_most"""
 ITEMS_IN = {order: Statement(ITEMS.format(order=order)) for order in ("asc", "desc")}
 ITEMS_WITH = Statement(
-    """SELECT item.turn, item.place, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
+    f"""SELECT item.turn, item.place, turn.thread, turn.depth, turn.owner, item.kind, item.is_removed,
         (turn.deleted_at IS NULL AND turn.lives_until IS NULL) OR (thread.is_conversation AND NOT item.is_removed)
             AS is_living,
         turn.id IS NOT NULL AS is_of_response, item.id, item.body
     FROM (SELECT turn, place FROM item WHERE id = ANY(:ids) AND is_foreign
+        AND {HEAD.format("id")} = ANY(ARRAY(SELECT {HEAD.format("given")} FROM unnest(:ids::text[]) AS given))
         UNION ALL SELECT item.turn, item.place FROM turn JOIN item ON item.turn = turn.seq
         WHERE turn.id = ANY(:responses) AND item.id = ANY(:ids) AND NOT item.is_foreign) AS found
     JOIN item ON item.turn = found.turn AND item.place = found.place
@@ -126,13 +129,13 @@ RESPONSE = f"""SELECT turn.seq, turn.id, turn.status, turn.created_at, turn.comp
     (SELECT array_agg(item.body ORDER BY item.place) FROM item
         WHERE item.turn = turn.seq AND item.place >= {OUTPUTS_AT}) AS outputs
     FROM turn JOIN settings ON settings.digest = turn.settings
-    LEFT JOIN turn AS previous ON previous.seq = turn.previous
-    WHERE turn.deleted_at IS NULL AND turn.owner = :owner """
-ONE_RESPONSE = Statement(RESPONSE + "AND turn.id = :id")
-OF_MODEL = f"AND {LASTING} AND (:model::text IS NULL OR settings.model = :model::text) "
-LISTED_RESPONSE = Statement(RESPONSE + OF_MODEL + "AND turn.id = :id")
-RESPONSES = "AND turn.id IS NOT NULL AND turn.seq BETWEEN :first AND :last ORDER BY turn.seq {order} LIMIT :at_most"
-RESPONSES_IN = {order: Statement(RESPONSE + OF_MODEL + RESPONSES.format(order=order)) for order in ("asc", "desc")}
+    LEFT JOIN turn AS previous ON previous.seq = turn.previous"""
+ONE_RESPONSE = Statement(f"{RESPONSE} WHERE {OWN}")
+OF_MODEL = f"{LASTING} AND (:model::text IS NULL OR settings.model = :model::text)"
+LISTED_RESPONSE = Statement(f"{RESPONSE} WHERE {OWN} AND {OF_MODEL}")
+RESPONSES = f"""{RESPONSE} WHERE turn.owner = :owner AND turn.deleted_at IS NULL AND turn.id IS NOT NULL AND {OF_MODEL}
+    AND turn.seq BETWEEN :first AND :last ORDER BY turn.seq {{order}} LIMIT :at_most"""
+RESPONSES_IN = {order: Statement(RESPONSES.format(order=order)) for order in ("asc", "desc")}
 CONVERSATION = Statement("SELECT thread, id, created_at, metadata FROM conversation WHERE id = :id AND owner = :owner")
 FIRST_USE = Statement(
     """SELECT digest, response FROM first_use JOIN turn ON turn.id = response

@@ -86,18 +86,23 @@ def _events(batch: Batch | None) -> dict[str, Any]:
 
 # -- claims ------------------------------------------------------------------------------------------------------------
 
-# How many runs of an owner others may be taking at the moment, without hiding those behind them.
+# How many runs others may be taking at the moment, without hiding those behind them.
 PASSED_OVER = 64
 # Owners take turns: first the next run of each, in the order in which they were served, then the one after it. Runs and
-# owners that somebody else is taking just now are left to them.
+# owners that somebody else is taking just now are left to them. However long the line is, only its front is read: of as
+# many owners as may come next, as many runs; and by their keys whatever is known of the table, which grows in bursts.
 CLAIM = Statement(
-    f"""WITH ready AS MATERIALIZED (SELECT next.seq, next.place, queue.served FROM queue CROSS JOIN LATERAL
+    f"""WITH front AS MATERIALIZED (SELECT queue.owner, queue.served FROM queue CROSS JOIN LATERAL
+        (SELECT FROM run WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
+            ORDER BY run.seq LIMIT 1) AS one ORDER BY queue.served LIMIT :at_most::bigint + {PASSED_OVER}),
+    ready AS MATERIALIZED (SELECT next.seq, next.place, front.served FROM front CROSS JOIN LATERAL
         (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM (SELECT run.seq FROM run
-            WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
-            ORDER BY run.seq LIMIT :at_most::bigint + {PASSED_OVER}) AS first) AS next),
-    picked AS MATERIALIZED (SELECT run.seq, run.owner, ready.place, ready.served FROM ready
-        JOIN run ON run.seq = ready.seq WHERE run.holder IS NULL AND run.waits_for IS NULL
-        ORDER BY ready.place, ready.served LIMIT :at_most::bigint FOR UPDATE OF run SKIP LOCKED),
+            WHERE run.owner = front.owner AND run.holder IS NULL AND run.waits_for IS NULL ORDER BY run.seq
+            LIMIT (SELECT :at_most::bigint + {PASSED_OVER} / greatest(count(*), 1) FROM front)) AS first) AS next),
+    picked AS MATERIALIZED (SELECT own.seq, own.owner, next.place, next.served
+        FROM (SELECT * FROM ready ORDER BY place, served) AS next CROSS JOIN LATERAL
+        (SELECT run.seq, run.owner FROM run WHERE run.seq = next.seq AND num_nonnulls(run.holder, run.waits_for) = 0
+            FOR UPDATE OF run SKIP LOCKED) AS own LIMIT :at_most::bigint),
     ordered AS MATERIALIZED (SELECT seq, owner, row_number() OVER (ORDER BY place, served) AS number FROM picked),
     claimed AS (UPDATE run SET holder = :holder, until_at = :until_at, generation = generation + 1,
             attempts = attempts + 1
@@ -193,9 +198,11 @@ def _of(held: Held) -> dict[str, Any]:
 
 # -- the log -----------------------------------------------------------------------------------------------------------
 
-# A batch whose writer never learned that it was written comes again, perhaps with more events at its end.
+# A batch whose writer never learned that it was written comes again, perhaps with more events at its end. A shorter one
+# that was given up, and arrives only after that, takes none of them away.
 LOG = Statement(
-    f"""WITH claimed AS (UPDATE run SET next_number = :next_number WHERE {OF_CLAIM} AND NOT is_stopped RETURNING seq)
+    f"""WITH claimed AS (UPDATE run SET next_number = :next_number
+        WHERE {OF_CLAIM} AND NOT is_stopped AND next_number <= :next_number RETURNING seq)
     INSERT INTO event (run, first, body) SELECT seq, :first::bigint, :frames::bytea FROM claimed
     ON CONFLICT (run, first) DO UPDATE SET body = excluded.body RETURNING 1"""
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 # Of pg_advisory_xact_lock: one process migrates at a time, one admits, one makes things unknown.
 MIGRATING, ADMITTING, FORGETTING = 0x5270_5278_01, 0x5270_5278_02, 0x5270_5278_03
 
+# What of an id has room in an index.
+HEAD = "left({}, 600)"
 # In the order in which they are made.
 TABLES = (
     *("secret", "settings", "thread", "conversation", "turn", "item", "lease", "first_use", "learned", "account"),
@@ -70,9 +72,11 @@ SCHEMA_1 = (
         id text NOT NULL,
         body bytea NOT NULL,          -- JSON
         PRIMARY KEY (turn, place))""",
-    "CREATE INDEX item_by_id ON item (id) WHERE is_foreign",
+    # Clients choose these ids: they may be longer than what a tree takes, and the same in many turns.
+    f"CREATE INDEX item_by_id ON item ({HEAD.format('id')}) WHERE is_foreign",
     """CREATE TABLE lease (
         name text PRIMARY KEY, holder text NOT NULL, until_at double precision NOT NULL)""",
+    "CREATE INDEX lease_by_holder ON lease (holder)",
     """CREATE TABLE first_use (
         owner text, key text, digest bytea NOT NULL, response text NOT NULL, until_at bigint NOT NULL,
         PRIMARY KEY (owner, key))""",
@@ -110,6 +114,7 @@ SCHEMA_1 = (
     "CREATE INDEX run_by_conversation ON run (conversation) WHERE conversation IS NOT NULL",
     # When in the round an owner's last run was taken. Every owner who has runs has a row, and perhaps others.
     "CREATE TABLE queue (owner text PRIMARY KEY, served bigint NOT NULL)",
+    "CREATE INDEX queue_by_served ON queue (served)",
     "CREATE SEQUENCE round",
     # The events of a streamed run can be read until then; infinite while it runs.
     "CREATE TABLE log (run bigint PRIMARY KEY, turn bigint NOT NULL, until_at double precision NOT NULL)",

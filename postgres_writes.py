@@ -281,6 +281,8 @@ ACQUIRE = Statement(
 )
 RENEW = Statement("UPDATE lease SET until_at = :until_at WHERE name = :name AND holder = :holder RETURNING 1")
 RELEASE = Statement("DELETE FROM lease WHERE name = :name AND holder = :holder")
+# Names of models are the clients' own, and a tree takes no longer ones: those are learned anew by each process.
+NAME_CHARACTERS = 500
 NEW_SECRET = Statement("INSERT INTO secret (name, value) VALUES (:name, :value) ON CONFLICT DO NOTHING")
 SECRET = Statement("SELECT value FROM secret WHERE name = :name")
 LEARNED = Statement("SELECT name, value FROM learned")
@@ -313,5 +315,5 @@ async def learned(db: Asked) -> dict[str, bytes]:
 
 
 async def keep_learned(db: Asked, facts: dict[str, bytes]) -> None:
-    names = [name.replace("\0", "\ufffd") for name in facts]
-    await db.rows(KEEP_LEARNED, {"names": names, "facts": list(facts.values())})
+    kept = {name.replace("\0", "\ufffd"): fact for name, fact in facts.items() if len(name) <= NAME_CHARACTERS}
+    await db.rows(KEEP_LEARNED, {"names": list(kept), "facts": list(kept.values())})

@@ -13,6 +13,8 @@ import postgres_quotas as quotas
 import postgres_reads as reads
 import postgres_runs as runs
 import postgres_writes as writes
+from errors import StoreError
+from postgres_errors import Unheard
 from postgres_news import News
 from postgres_opening import listener, opened_database
 from postgres_pool import Database, Verb, gone, surely
@@ -211,7 +213,15 @@ class PostgresStore:
         return await runs.queue(self._db)
 
     async def charge(self, charge: Charge) -> Used:
-        return await quotas.charge(self._db, charge)
+        """What it costs is put on the account once at most: an owner is given what nobody knows of."""
+        db = self._db.verb(repeats=False)
+        try:
+            return await quotas.charge(db, charge)
+        except Unheard as unsure:
+            try:
+                return await quotas.charge(db, quotas.without_cost(charge))
+            except StoreError:
+                raise unsure from None
 
     @property
     def waiting(self) -> int:

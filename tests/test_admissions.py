@@ -186,6 +186,18 @@ async def test_while_the_store_cannot_be_used_nobody_is_admitted_and_later_all_i
         assert text_of(first)["remaining-tokens"] == ("5400" if is_lost else "6000")
 
 
+async def test_tokens_that_may_be_counted_already_are_not_counted_again(opened: OpenQuotas, flaky: Flaky) -> None:
+    quotas = await opened(tokens_per_minute=6000)
+    flaky.failure = StoreError("It was written, or it was not.")
+    flaky.failure.is_unsure = True
+    quotas.spent("alice", 600)
+    with pytest.raises(StoreError):
+        await quotas.admit("alice")
+    flaky.failure = None
+    async with await quotas.admit("alice") as admission:
+        assert text_of(admission)["remaining-tokens"] == "5400"
+
+
 async def test_all_who_wait_are_refused_with_the_first_of_them(opened: OpenQuotas, flaky: Flaky) -> None:
     quotas = await opened(requests_per_minute=60)
     flaky.failure = UNUSABLE

@@ -10,6 +10,7 @@ import pytest
 from losses import QUICK, Site
 from store_builders import NOW, OWNER, message, turn
 
+from quota_verbs import Charge, Used
 from run_verbs import NewRun, QueueLimits, RunStore
 from store import StoreSettings
 from store_postgres import open_store
@@ -112,3 +113,17 @@ async def is_made(store: RunStore, verb: str, given: tuple[Any, ...]) -> bool:
         return await store.conversation(OWNER, given[1]) is None
     kept = await store.response(OWNER, given[1]) if verb in ("delete_response", "stop") else None
     return kept is None if verb != "stop" else kept is not None and kept.status == "cancelled"
+
+
+async def test_a_charge_whose_answer_was_lost_is_on_the_account_once(site: Site, store: RunStore) -> None:
+    """Even where it has used up what there was: who is granted something is told so."""
+    owner = own("owner")
+    wish = Charge(
+        **{"owner": owner, "holder": "me", "now": NOW, "in_flight": 0, "tokens_s": 20.0},
+        **{"has_wish": True, "requests_s": 60.0, "most_requests_s": 0.0},
+    )
+    await store.charge(Charge(owner=owner, holder="me", now=NOW, in_flight=0))
+    site.relay.loses_answer = True
+    assert await store.charge(wish) == Used(True, NOW + 60, NOW + 20, 0, 0.0)
+    assert not site.relay.loses_answer
+    assert await store.charge(wish) == Used(False, NOW + 60, NOW + 40, 0, 0.0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from postgres_server import Beside
-from run_builders import UNLIMITED, admit, cancel, claim, ending, new_run, queued, sweep
+from run_builders import UNLIMITED, admit, batch, begin, cancel, claim, ending, events_after, new_run, queued, sweep
 from store_builders import (
     ALL_ASC,
     DEADLINE_S,
@@ -112,6 +112,14 @@ async def test_a_run_that_somebody_is_taking_is_passed_over(stores: Stores, url:
         assert [run.response_id for run in await claim(stores[0])] == ["b"]
         other.do("ROLLBACK")
     assert [run.response_id for run in await claim(stores[0])] == ["a"]
+
+
+async def test_a_batch_that_was_given_up_and_arrives_late_takes_no_events_away(stores: Stores) -> None:
+    held = await begin(stores[0], queued("a"), batch=batch(0))
+    assert await stores[0].log(held, batch(1, 3))
+    assert not await stores[1].log(held, batch(1, 2))
+    assert await stores[0].log(held, batch(4, 1))
+    assert events_after(await stores[0].tail(OWNER, "a", -1), -1) == ["0.", "1.", "2.", "3.", "4."]
 
 
 async def test_runs_that_are_admitted_while_their_parent_ends_are_never_stuck(stores: Stores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import string
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +58,8 @@ pytest_plugins = ["store_fixtures"]
 Order = Literal["asc", "desc"]
 each_order = pytest.mark.parametrize("order", ["asc", "desc"])
 each_limit = pytest.mark.parametrize("limit", [1, 2, 3, 5, 100])
+# Nothing makes it shorter.
+ENDLESS = "".join(random.Random(1).choices(string.ascii_letters, k=9000))
 LOCK = Lock(conversation_lease("conv"), "me")
 
 
@@ -741,6 +744,13 @@ async def test_owners_may_have_items_of_the_same_id(store: Store) -> None:
     await store.save(turn("b", inputs=(theirs,), owner=STRANGER))
     assert await store.items(OWNER, ["same"]) == {"same": mine.body}
     assert await store.items(STRANGER, ["same"]) == {"same": theirs.body}
+
+
+async def test_an_item_may_have_an_endless_id(store: Store) -> None:
+    await store.save(turn("a", inputs=(message(ENDLESS),)))
+    await store.create_conversation(OWNER, conversation("conv"), (message(ENDLESS, "here"),))
+    assert await store.items(OWNER, [ENDLESS]) == {ENDLESS: message(ENDLESS, "here").body}
+    assert await store.conversation_item(OWNER, "conv", ENDLESS) == message(ENDLESS, "here").body
 
 
 async def test_an_item_that_is_sent_again_stands_in_both_turns(store: Store) -> None:
@@ -1600,6 +1610,11 @@ async def test_what_was_learned_is_the_newest_of_each_name(store: Store) -> None
     await store.keep_learned({"m": b"2", "": b""})
     await store.keep_learned({})
     assert await store.learned() == {"m": b"2", "other": b"\x00\xff", "": b""}
+
+
+async def test_of_a_model_with_an_endless_name_nothing_need_be_kept_and_the_others_are(store: Store) -> None:
+    await store.keep_learned({ENDLESS: b"1", "m": b"2"})
+    assert (await store.learned())["m"] == b"2"
 
 
 async def test_what_was_learned_outlives_every_response(store: Store) -> None:
