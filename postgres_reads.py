@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from errors import InvalidRequest
 from postgres_pool import Asked, Row, Statement
-from postgres_tables import TABLES
+from postgres_tables import LISTED_TURN, TABLES
 from reads import COMPACTION, EMPTY, LAST, LISTED
 from schema import OUTPUTS_AT, PLACES
 from verbs import Conversation, KeptResponse, Listed, NewItem, Page, Window, response_of
@@ -131,7 +131,7 @@ RESPONSE = f"""SELECT turn.seq, turn.id, turn.status, turn.created_at, turn.comp
 ONE_RESPONSE = Statement(RESPONSE + "AND turn.id = :id")
 OF_MODEL = f"AND {LASTING} AND (:model::text IS NULL OR settings.model = :model::text) "
 LISTED_RESPONSE = Statement(RESPONSE + OF_MODEL + "AND turn.id = :id")
-RESPONSES = "AND turn.id IS NOT NULL AND turn.seq BETWEEN :first AND :last ORDER BY turn.seq {order} LIMIT :at_most"
+RESPONSES = f"AND {LISTED_TURN} AND turn.seq BETWEEN :first AND :last ORDER BY turn.seq {{order}} LIMIT :at_most"
 RESPONSES_IN = {order: Statement(RESPONSE + OF_MODEL + RESPONSES.format(order=order)) for order in ("asc", "desc")}
 CONVERSATION = Statement("SELECT thread, id, created_at, metadata FROM conversation WHERE id = :id AND owner = :owner")
 FIRST_USE = Statement(

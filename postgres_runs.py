@@ -96,7 +96,7 @@ CLAIM = Statement(
             WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
             ORDER BY run.seq LIMIT :at_most::bigint + {PASSED_OVER}) AS first) AS next),
     picked AS MATERIALIZED (SELECT run.seq, run.owner, ready.place, ready.served FROM ready
-        JOIN run ON run.seq = ready.seq WHERE run.holder IS NULL AND run.waits_for IS NULL
+        JOIN run ON run.seq = ready.seq WHERE num_nonnulls(run.holder, run.waits_for) < 1
         ORDER BY ready.place, ready.served LIMIT :at_most::bigint FOR UPDATE OF run SKIP LOCKED),
     ordered AS MATERIALIZED (SELECT seq, owner, row_number() OVER (ORDER BY place, served) AS number FROM picked),
     claimed AS (UPDATE run SET holder = :holder, until_at = :until_at, generation = generation + 1,
@@ -113,7 +113,7 @@ CLAIM = Statement(
     begun AS (UPDATE turn SET status = 'in_progress' FROM claimed WHERE turn.seq = claimed.turn
         RETURNING turn.seq, turn.id, turn.created_at),
     freed AS (DELETE FROM lease USING claimed
-        WHERE lease.holder = 'run ' || claimed.seq || '.' || (claimed.generation - 1))
+        WHERE claimed.generation > 1 AND lease.holder = 'run ' || claimed.seq || '.' || (claimed.generation - 1))
     SELECT claimed.*, begun.id, begun.created_at, (SELECT array_agg(item.body ORDER BY item.place) FROM item
         WHERE item.turn = claimed.turn AND item.place < {OUTPUTS_AT}) AS inputs
     FROM claimed JOIN begun ON begun.seq = claimed.turn ORDER BY claimed.number"""
