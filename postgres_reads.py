@@ -70,18 +70,21 @@ LINE = f"""line (thread, low, high, place) AS (
         FROM line JOIN thread ON thread.seq = line.thread AND thread.parent IS NOT NULL
         {NEWEST_COMPACTION.format(thread="thread.parent", depth="thread.parent_depth")}
         WHERE line.low IS NULL)"""
-# Of the turn `newest`: what its window tells of it, and the items. No row of `place`: nothing of that name is there.
+# First what the window of the turn `newest` tells of it, then the items, one each: an array of many has to be built and
+# sent as a whole, which takes as long again. No row: nothing of that name is there.
 WINDOW = f"""WITH RECURSIVE place AS ({{place}}), newest AS ({{newest}}),
     start AS (SELECT thread, depth FROM newest WHERE status IN ('completed', 'incomplete')), {LINE},
-    given AS (SELECT array_agg(item.body ORDER BY turn.depth, item.place) AS bodies,
-        count(*) FILTER (WHERE turn.seq <> (SELECT seq FROM newest)) AS earlier
+    given AS (SELECT -1 AS depth, told.place, told.body, NULL AS is_earlier
+        FROM place LEFT JOIN newest ON true LEFT JOIN settings ON settings.digest = newest.settings
+        CROSS JOIN LATERAL (VALUES (0, convert_to(newest.status, 'UTF8')), (1, newest.body), (2, settings.body),
+            (3, newest.ahead)) AS told (place, body)
+        UNION ALL SELECT turn.depth, item.place, item.body, turn.seq <> (SELECT seq FROM newest)
         FROM line JOIN turn ON turn.thread = line.thread AND turn.depth BETWEEN coalesce(line.low, 0) AND line.high
         JOIN item ON item.turn = turn.seq
         WHERE NOT item.is_removed AND item.kind <= {COMPACTION}
         AND (line.low IS NULL OR turn.depth > line.low OR item.place >= line.place))
-    SELECT (SELECT count(*) FROM place) AS found, newest.status, newest.body, settings.body AS settings, newest.ahead,
-        given.bodies, given.earlier
-    FROM given LEFT JOIN newest ON true LEFT JOIN settings ON settings.digest = newest.settings"""
+    SELECT body, is_earlier FROM given ORDER BY depth, place"""
+TOLD = 4
 OF_PLACE = "SELECT turn.* FROM turn JOIN place USING (seq)"
 NEWEST_OF = """SELECT turn.* FROM {start} CROSS JOIN LATERAL (SELECT * FROM turn WHERE turn.thread = start.thread
     AND turn.depth <= start.depth ORDER BY turn.depth DESC LIMIT 1) AS turn"""
@@ -157,13 +160,15 @@ PROBLEMS = Statement(
 
 async def window(db: Asked, statement: Statement, owner: str, name: str) -> Window | None:
     """None for an unknown name. In one statement, so on one state of the database."""
-    row = await db.row(statement, {"owner": owner, "id": name})
-    if row is None or not row["found"]:
+    rows = await db.rows(statement, {"owner": owner, "id": name})
+    if not rows:
         return None
-    if row["status"] is None:
+    status, body, settings, ahead = (row["body"] for row in rows[:TOLD])
+    if status is None:
         return EMPTY
-    told = (row["body"], row["settings"] or b"", row["ahead"])
-    return Window(row["status"], row["bodies"] or [], row["earlier"], *told)
+    items = rows[TOLD:]
+    earlier = [row["is_earlier"] for row in items].count(True)
+    return Window(status.decode(), [row["body"] for row in items], earlier, body, settings or b"", ahead)
 
 
 async def _spans_before(db: Asked, thread: int, depth: int) -> list[_Span]:
