@@ -70,8 +70,7 @@ LINE = f"""line (thread, low, high, place) AS (
         FROM line JOIN thread ON thread.seq = line.thread AND thread.parent IS NOT NULL
         {NEWEST_COMPACTION.format(thread="thread.parent", depth="thread.parent_depth")}
         WHERE line.low IS NULL)"""
-# First what the window of the turn `newest` tells of it, then the items, one each: an array of many has to be built and
-# sent as a whole, which takes as long again. No row: nothing of that name is there.
+# First what is told of the turn `newest`, then the items: as one array they take twice as long. No row: no such name.
 WINDOW = f"""WITH RECURSIVE place AS ({{place}}), newest AS ({{newest}}),
     start AS (SELECT thread, depth FROM newest WHERE status IN ('completed', 'incomplete')), {LINE},
     given AS (SELECT -1 AS depth, told.place, told.body, NULL AS is_earlier
@@ -80,8 +79,7 @@ WINDOW = f"""WITH RECURSIVE place AS ({{place}}), newest AS ({{newest}}),
             (3, newest.ahead)) AS told (place, body)
         UNION ALL SELECT turn.depth, item.place, item.body, turn.seq <> (SELECT seq FROM newest)
         FROM line JOIN turn ON turn.thread = line.thread AND turn.depth BETWEEN coalesce(line.low, 0) AND line.high
-        JOIN item ON item.turn = turn.seq
-        WHERE NOT item.is_removed AND item.kind <= {COMPACTION}
+        JOIN item ON item.turn = turn.seq WHERE NOT item.is_removed AND item.kind <= {COMPACTION}
         AND (line.low IS NULL OR turn.depth > line.low OR item.place >= line.place))
     SELECT body, is_earlier FROM given ORDER BY depth, place"""
 TOLD = 4
