@@ -91,11 +91,12 @@ PASSED_OVER = 64
 # Owners take turns: first the next run of each, in the order in which they were served, then the one after it. Runs and
 # owners that somebody else is taking just now are left to them.
 CLAIM = Statement(
-    f"""WITH ready AS MATERIALIZED (SELECT next.seq, next.place, queue.served FROM queue CROSS JOIN LATERAL
-        (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM (SELECT run.seq FROM run
-            WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
-            ORDER BY run.seq LIMIT :at_most::bigint + {PASSED_OVER}) AS first) AS next),
-    picked AS MATERIALIZED (SELECT run.seq, run.owner, ready.place, ready.served FROM ready
+    f"""WITH picked AS MATERIALIZED (SELECT run.seq, run.owner, ready.place, ready.served
+        FROM (SELECT next.seq, next.place, queue.served FROM queue CROSS JOIN LATERAL
+            (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM (SELECT run.seq FROM run
+                WHERE run.owner = queue.owner AND run.holder IS NULL AND run.waits_for IS NULL
+                ORDER BY run.seq LIMIT :at_most::bigint + {PASSED_OVER}) AS first) AS next
+            ORDER BY next.place, queue.served OFFSET 0) AS ready
         JOIN run ON run.seq = ready.seq WHERE num_nonnulls(run.holder, run.waits_for) < 1
         ORDER BY ready.place, ready.served LIMIT :at_most::bigint FOR UPDATE OF run SKIP LOCKED),
     ordered AS MATERIALIZED (SELECT seq, owner, row_number() OVER (ORDER BY place, served) AS number FROM picked),
