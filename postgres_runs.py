@@ -118,7 +118,7 @@ CLAIM = Statement(
     begun AS (UPDATE turn SET status = 'in_progress' FROM claimed WHERE turn.seq = claimed.turn
         RETURNING turn.seq, turn.id, turn.created_at),
     freed AS (DELETE FROM lease USING claimed
-        WHERE lease.holder = 'run ' || claimed.seq || '.' || (claimed.generation - 1))
+        WHERE claimed.generation > 1 AND lease.holder = 'run ' || claimed.seq || '.' || (claimed.generation - 1))
     SELECT claimed.*, begun.id, begun.created_at, (SELECT array_agg(item.body ORDER BY item.place) FROM item
         WHERE item.turn = claimed.turn AND item.place < {OUTPUTS_AT}) AS inputs
     FROM claimed JOIN begun ON begun.seq = claimed.turn ORDER BY claimed.number"""

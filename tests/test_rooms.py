@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "store": (2, 300, {"msgspec"}),
     "copying": (2, 300, {"msgspec"}),
     "sqlite_copying": (2, 400, {"msgspec"}),
-    "postgres_tables": (2, 150, set()),
+    "postgres_tables": (2, 160, set()),
     "postgres_errors": (1, 110, {"asyncpg"}),
     "postgres_advice": (1, 125, {"asyncpg"}),
     "postgres_presence": (1, 150, set()),

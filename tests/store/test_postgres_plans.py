@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -18,6 +20,7 @@ import postgres_runs as runs
 import postgres_writes as writes
 from postgres_opening import PLANS
 from postgres_pool import Statement
+from postgres_tables import MIGRATIONS
 
 # What turns wait for. The tables that grow with turns; those of owners, leases and settings are small.
 HOT = {
@@ -49,19 +52,52 @@ GROWING = ("turn", "item", "thread", "run", "event", "log", "conversation")
 
 @pytest.fixture(scope="module")
 def planner() -> Iterator[Beside]:
-    """A connection with the settings of the store's own; its tables are empty, and nothing is known of them."""
-    with closing(PostgresPlace()) as place, closing(Beside(f"{place.url}&{urlencode(PLANS)}")) as beside:
-        yield beside
+    """A connection with the settings of the store's own, to tables that are empty and of which nothing is known."""
+    schema = f"plans_{os.getpid()}"
+    with closing(PostgresPlace()) as place:
+        url = f"{place.url.removesuffix(f'tests_{os.getpid()}')}{schema}&{urlencode(PLANS)}"
+        place.asked(f"CREATE SCHEMA {schema}")
+        try:
+            with closing(Beside(url)) as beside:
+                for statement in (each for migration in MIGRATIONS for each in migration):
+                    beside.do(statement)
+                yield beside
+        finally:
+            place.asked(f"DROP SCHEMA {schema} CASCADE")
 
 
-@pytest.mark.parametrize("name", HOT)
-def test_a_statement_that_turns_wait_for_reads_no_growing_table_as_a_whole(planner: Beside, name: str) -> None:
+# What reads an index from one end on: runs that are held, and owners in the order of the round, as far as they are asked.
+FROM_END_TO_END = {"expired": {"run_by_holder"}, "claim": {"queue_by_served"}}
+OF_AN_OWNER = {"turn_by_owner"}
+INDEX = re.compile(r"(?:using|Bitmap Index Scan on) (\w+)")
+
+
+def plan_of(planner: Beside, name: str) -> list[str]:
     statement: Statement = HOT[name]
     planner.do(f"PREPARE planned AS {statement.text}")
     plan = planner.asked(f"EXPLAIN EXECUTE planned ({', '.join(['NULL'] * len(statement.names))})")
     planner.do("DEALLOCATE planned")
-    read = [line.split(" on ")[1].split()[0] for (line,) in plan if "Seq Scan on " in line]
+    return [line for (line,) in plan]
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_a_statement_that_turns_wait_for_reads_no_growing_table_as_a_whole(planner: Beside, name: str) -> None:
+    read = [line.split(" on ")[1].split()[0] for line in plan_of(planner, name) if "Seq Scan on " in line]
     assert not set(read) & set(GROWING)
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_a_statement_that_turns_wait_for_reads_no_index_as_a_whole(planner: Beside, name: str) -> None:
+    plan = plan_of(planner, name)
+    scans = [(found[1], below) for line, below in pairwise([*plan, ""]) if (found := INDEX.search(line))]
+    whole = {index for index, below in scans if "Index Cond:" not in below}
+    assert whole == FROM_END_TO_END.get(name, set())
+
+
+@pytest.mark.parametrize("name", [name for name in HOT if not name.startswith("responses ")])
+def test_what_is_named_is_not_looked_for_among_all_that_its_owner_has(planner: Beside, name: str) -> None:
+    indexes = {found[1] for line in plan_of(planner, name) if (found := INDEX.search(line))}
+    assert not indexes & OF_AN_OWNER
 
 
 OWNERS, RUNS_OF_EACH, LEASES = 500, 4, 500

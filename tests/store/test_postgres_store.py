@@ -268,6 +268,24 @@ def test_the_tables_are_those_of_the_schema() -> None:
 # -- its connections ---------------------------------------------------------------------------------------------------
 
 
+LONG = {
+    ("settings", "body"),
+    ("turn", "body"),
+    ("turn", "ahead"),
+    ("item", "body"),
+    ("run", "request"),
+    ("event", "body"),
+}
+COMPRESSED = """SELECT attrelid::regclass::text, attname::text FROM pg_attribute WHERE attcompression = 'l'
+    AND attrelid = ANY(?::regclass[])"""
+HAS_LZ4 = "SELECT 'lz4' = ANY(enumvals) FROM pg_settings WHERE name = 'default_toast_compression'"
+
+
+def test_what_may_be_long_is_compressed_the_fast_way_where_the_server_has_it(place: PostgresPlace) -> None:
+    ((has_lz4,),) = place.asked(HAS_LZ4)
+    assert set(place.asked(COMPRESSED, list(TABLES))) == (LONG if has_lz4 else set())
+
+
 async def test_connections_that_were_cut_are_made_again(place: PostgresPlace) -> None:
     store = await place.open()
     await save_chain(store, "a")
