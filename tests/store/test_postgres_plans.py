@@ -66,7 +66,7 @@ def planner() -> Iterator[Beside]:
             place.asked(f"DROP SCHEMA {schema} CASCADE")
 
 
-# What reads an index from one end on: runs that are held, and owners in the order of the round, as far as they are asked.
+# What reads an index from one end on: runs that are held; owners in the order of the round, as far as they are needed.
 FROM_END_TO_END = {"expired": {"run_by_holder"}, "claim": {"queue_by_served"}}
 OF_AN_OWNER = {"turn_by_owner"}
 INDEX = re.compile(r"(?:using|Bitmap Index Scan on) (\w+)")
