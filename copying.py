@@ -9,13 +9,14 @@ again goes on behind it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from errors import StoreError
+from errors import StoreError, UnfinishedCopy
+from verbs import Store
 
 # Table -> its columns, in the order of the copy: what is referred to comes before what refers to it.
 TABLES: dict[str, tuple[str, ...]] = {
@@ -132,6 +133,18 @@ class Numbers:
         if turn is None or not self._behind:
             return turn
         return self._moved.get(turn) or turn + bisect_left(self._behind, turn)
+
+
+async def prepare(opening: Awaitable[Store], is_source: bool) -> None:
+    """Both have their tables, and what is copied has the secret of its owners. Raises: StoreError."""
+    try:
+        store = await opening
+        if is_source:
+            await store.secret("owner")
+        await store.close()
+    except UnfinishedCopy:
+        if is_source:
+            raise
 
 
 async def copy(source: Side, target: Side, now: float, tell: Tell) -> tuple[list[Compared], list[str]]:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import asyncpg  # type: ignore[import-untyped]
 
-from copying import PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice
-from errors import StoreError, UnfinishedCopy
+from copying import PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice, prepare
+from errors import StoreError
 from postgres_advice import opening_error
 from postgres_errors import FAILURES, store_error
 from postgres_opening import CACHED_STATEMENTS
@@ -115,14 +115,7 @@ def _page_query(table: str, is_first: bool) -> str:
 async def opened(settings: StoreSettings, is_source: bool) -> AsyncIterator[DatabaseSide]:
     """Raises: StoreError."""
     what = f"'{shown(settings.path)}'"
-    try:
-        store = await open_store(settings, may_make=not is_source)
-        if is_source:
-            await store.secret("owner")
-        await store.close()
-    except UnfinishedCopy:
-        if is_source:
-            raise
+    await prepare(open_store(settings, may_make=not is_source), is_source)
     connection = await _connected(what, settings)
     try:
         side = DatabaseSide(connection, what)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from copying import LEFT_BEHIND, PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice
-from errors import StoreError, UnfinishedCopy
+from copying import LEFT_BEHIND, PAGE_BYTES, PAGE_ROWS, TABLES, Displaced, Row, Slice, prepare
+from errors import StoreError
 from lanes import DatabaseThread, store_error
 from reads import problems
 from run_tables import NUMBERS
@@ -197,14 +197,7 @@ PUTS: dict[str, Callable[[sqlite3.Connection, list[Row]], None]] = {
 async def opened(settings: StoreSettings, is_source: bool) -> AsyncIterator[FileSide]:
     """Raises: StoreError, also for a file that somebody else has open."""
     patience = dataclasses.replace(settings, busy_timeout_s=PATIENCE_S)
-    try:
-        store = await open_store(settings)
-        if is_source:
-            await store.secret("owner")
-        await store.close()
-    except UnfinishedCopy:
-        if is_source:
-            raise
+    await prepare(open_store(settings), is_source)
     thread = DatabaseThread(settings.path)
     await thread
     try:

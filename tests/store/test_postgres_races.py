@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from random import Random
 from typing import Any
@@ -37,11 +37,7 @@ from verbs import FirstUse, Listed, Lock, conversation_lease
 
 Stores = list[RunStore]
 
-
-@pytest.fixture
-def place() -> Iterator[PostgresPlace]:
-    with closing(PostgresPlace()) as place:
-        yield place
+pytestmark = pytest.mark.stores("postgres")
 
 
 @pytest.fixture
