@@ -206,6 +206,18 @@ LOG = Statement(
     INSERT INTO event (run, first, body) SELECT seq, :first::bigint, :frames::bytea FROM claimed
     ON CONFLICT (run, first) DO UPDATE SET body = excluded.body RETURNING 1"""
 )
+# What runs of one process log at the same moment. A run that somebody else is writing just now holds up no other one.
+LOG_TOGETHER = Statement(
+    """WITH given AS (SELECT * FROM unnest(:runs::bigint[], :generations::bigint[], :next_numbers::bigint[],
+        :firsts::bigint[], :bodies::bytea[]) AS given (seq, generation, next_number, first, body)),
+    free AS MATERIALIZED (SELECT given.* FROM given JOIN run USING (seq, generation)
+        WHERE NOT run.is_stopped AND run.next_number <= given.next_number FOR UPDATE OF run SKIP LOCKED),
+    claimed AS (UPDATE run SET next_number = free.next_number FROM free WHERE run.seq = free.seq
+        RETURNING run.seq, run.generation, free.first, free.body),
+    told AS (INSERT INTO event (run, first, body) SELECT seq, first, body FROM claimed
+        ON CONFLICT (run, first) DO UPDATE SET body = excluded.body)
+    SELECT seq, generation FROM claimed"""
+)
 # From the batch that holds a given number on.
 TAIL = Statement(
     f"""SELECT turn.status, given.firsts, given.bodies FROM turn JOIN log ON log.turn = turn.seq CROSS JOIN LATERAL
@@ -225,6 +237,21 @@ VERSION = Statement("SELECT hashtextextended(pg_current_snapshot()::text, 0) AS 
 
 async def log(db: Asked, held: Held, batch: Batch) -> bool:
     return bool(await db.rows(LOG, {**_of(held), **_events(batch)}))
+
+
+async def log_together(db: Asked, logged: list[tuple[Held, Batch]]) -> list[bool]:
+    """Of each batch whether it was written; one that was not may be written by itself."""
+    if len(logged) == 1:
+        return [False]
+    values = {
+        "runs": [held.run for held, _ in logged],
+        "generations": [held.generation for held, _ in logged],
+        "next_numbers": [batch.end for _, batch in logged],
+        "firsts": [batch.first for _, batch in logged],
+        "bodies": [batch.frames for _, batch in logged],
+    }
+    written = {Held(*row.values()) for row in await db.rows(LOG_TOGETHER, values)}
+    return [held in written for held, _ in logged]
 
 
 async def tail(db: Asked, owner: str, response_id: str, after: int) -> Tail | None:

@@ -21,6 +21,7 @@ from postgres_pool import Database, Verb, gone, surely
 from quota_verbs import Charge, Used
 from run_verbs import Batch, Ending, Held, NewRun, QueueLimits, QueueState, Run, RunInfo, RunStore, Stopped, Tail, Tell
 from store import StoreSettings
+from together import Together
 from verbs import Conversation, KeptResponse, Listed, Lock, NewItem, NewTurn, Page, Purged, Window
 
 
@@ -39,6 +40,7 @@ class PostgresStore:
     def __init__(self, db: Database, news: News) -> None:
         self._db = db
         self._news = news
+        self._logging = Together(partial(runs.log_together, db))
 
     @property
     def _patient(self) -> Verb:
@@ -160,7 +162,7 @@ class PostgresStore:
         await runs.release(self._db, holder)
 
     async def log(self, held: Held, batch: Batch) -> bool:
-        return await runs.log(self._db, held, batch)
+        return await self._logging.call((held, batch)) or await runs.log(self._db, held, batch)
 
     async def settle(self, held: Held, ending: Ending) -> bool:
         return await runs.settle(self._db.verb(repeats=False), held, ending)
@@ -234,4 +236,5 @@ class PostgresStore:
         return await reads.problems(self._patient)
 
     async def close(self) -> None:
+        await self._logging.close()
         await self._db.close()

@@ -67,6 +67,7 @@ ROOMS: dict[str, tuple[int, int, set[str]]] = {
     "postgres_errors": (1, 110, {"asyncpg"}),
     "postgres_advice": (1, 125, {"asyncpg"}),
     "postgres_presence": (1, 150, set()),
+    "together": (1, 75, set()),
     "postgres_pool": (2, 400, {"asyncpg"}),
     "postgres_quotas": (2, 100, {"msgspec"}),
     "postgres_reads": (2, 350, set()),

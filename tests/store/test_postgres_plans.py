@@ -38,6 +38,7 @@ HOT = {
     "renew": runs.RENEW,
     "expired": runs.EXPIRED,
     "log": runs.LOG,
+    "log together": runs.LOG_TOGETHER,
     "tail": runs.TAIL,
     "states": runs.STATES,
     "settle": runs.SETTLE,

@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 from postgres_server import Beside
-from run_builders import UNLIMITED, admit, batch, begin, cancel, claim, ending, events_after, new_run, queued, sweep
+from run_builders import (
+    UNLIMITED,
+    admit,
+    all_events,
+    batch,
+    begin,
+    cancel,
+    claim,
+    ending,
+    events_after,
+    new_run,
+    queued,
+    sweep,
+)
 from store_builders import (
     ALL_ASC,
     DEADLINE_S,
@@ -32,7 +45,7 @@ from store_builders import (
 from store_places import PostgresPlace
 
 from errors import InvalidRequest, ProxyError
-from run_verbs import QueueLimits, Run, RunStore
+from run_verbs import Held, QueueLimits, Run, RunStore
 from verbs import FirstUse, Listed, Lock, conversation_lease
 
 Stores = list[RunStore]
@@ -116,6 +129,48 @@ async def test_a_batch_that_was_given_up_and_arrives_late_takes_no_events_away(s
     assert not await stores[1].log(held, batch(1, 2))
     assert await stores[0].log(held, batch(4, 1))
     assert events_after(await stores[0].tail(OWNER, "a", -1), -1) == ["0.", "1.", "2.", "3.", "4."]
+
+
+async def streamed(store: RunStore, *names: str) -> list[Held]:
+    for name in names:
+        await admit(store, queued(name), batch=batch(0))
+    return [run.held for run in await claim(store)]
+
+
+async def test_events_of_runs_that_come_at_once_are_written_together(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, names = await streamed(stores[0], "a", "b", "c"), ("a", "b", "c")
+    monkeypatch.delattr("postgres_runs.log")
+    for first, count in ((1, 3), (1, 4), (5, 1)):  # the second is the first one again, whose answer was lost
+        logged = (stores[0].log(each, batch(first, count, mark="abc"[place])) for place, each in enumerate(held))
+        assert await asyncio.gather(*logged) == [True] * 3
+    for name in names:
+        tail = await stores[1].tail(OWNER, name, -1)
+        assert tail is not None
+        assert tail.batches[1:] == [(1, batch(1, 4, name).frames), (5, batch(5, 1, name).frames)]
+
+
+async def test_of_runs_that_log_together_one_that_is_lost_writes_nothing(stores: Stores) -> None:
+    held = await streamed(stores[0], "a", "b", "c")
+    await cancel(stores[1], "a")
+    await stores[1].release_run(held[1])
+    (again,) = await claim(stores[1])
+    found = await asyncio.gather(*(stores[0].log(each, batch(1)) for each in (*held, again.held)))
+    assert found == [False, False, True, True]
+    assert await all_events(stores[1], "b") == ["0.", "1."]
+
+
+async def test_a_run_that_somebody_else_writes_holds_up_no_other_ones_events(stores: Stores, url: str) -> None:
+    held = await streamed(stores[0], "a", "b", "c")
+    with closing(Beside(url)) as beside, closing(Beside(url)) as other:
+        other.do("BEGIN; SELECT FROM run ORDER BY seq LIMIT 1 FOR UPDATE")
+        logging = [asyncio.create_task(stores[0].log(each, batch(1))) for each in held]
+        await until_waiting(beside, 1)
+        assert await asyncio.gather(*logging[1:]) == [True] * 2
+        assert not logging[0].done()
+        other.do("ROLLBACK")
+        assert await logging[0]
 
 
 async def test_runs_that_are_admitted_while_their_parent_ends_are_never_stuck(stores: Stores) -> None:
