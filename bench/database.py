@@ -33,6 +33,7 @@ SAVERS = 20
 COMMITS = 2_000
 ADMITTED_AT_ONCE, CLAIMED_AT_ONCE, CLAIMS = 1_000, 8, 500
 STREAMED, BATCHES, EVENTS_A_BATCH = 500, 10, 8
+LOGGED = 200
 # As they go out for one word of text; about so long.
 EVENT = b"event: response.output_text.delta\ndata: " + b"x" * 180 + b"\n\n"
 LATER = 4e9
@@ -158,12 +159,31 @@ async def streamed(store: RunStore, beside: Beside) -> dict[str, Any]:
     }
 
 
+async def logged(store: RunStore) -> dict[str, float]:
+    """Batches of events a second, of many runs of one process at the same moments, and one after the other."""
+    for number in range(LOGGED):
+        await store.admit(queued(f"logger {number % 20}", Batch(0, 2, EVENT * 2)), NO_LIMITS)
+    runs = await store.claim("logger", LATER, LOGGED)
+    assert len(runs) == LOGGED
+
+    def batch(number: int) -> Batch:
+        return Batch(2 + number, 3 + number, EVENT)
+
+    began = time.perf_counter()
+    for number in range(BATCHES):
+        await asyncio.gather(*(store.log(run.held, batch(number)) for run in runs))
+    together = LOGGED * BATCHES / (time.perf_counter() - began)
+    alone = await many(LOGGED, 1, lambda number: store.log(runs[number].held, batch(BATCHES)))
+    return {f"{LOGGED} at once": together, "one at a time": alone}
+
+
 async def measured(url: str, beside: Beside) -> dict[str, Any]:
     store = await open_store(StoreSettings(path=url, pool_size=SAVERS, busy_timeout_s=60.0))
     try:
         rates = {str(at_once): await commits(store, at_once) for at_once in (1, SAVERS)}
         found = {"commits_per_s": rates, "turns": await turns(store, beside)}
         found["streamed"] = await streamed(store, beside)
+        found["batches_per_s"] = await logged(store)
         return found | {"queue": await queue(store, beside), "pool_size": SAVERS}
     finally:
         await store.close()
