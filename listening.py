@@ -13,7 +13,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,6 +24,7 @@ log = logging.getLogger("responses_proxy.listening")
 
 BACKLOG = 2048
 CONNECT_S = 1.0
+LINGER_S = 0.05  # that long the first request of a connection may be on its way when the program stops
 # The request line and all headers.
 HEAD_BYTES = 64 * 1024
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -103,6 +104,17 @@ class HeadLimit(HttpToolsProtocol):
     _is_mixed = False
     _is_left_alone = False
 
+    def shutdown(self) -> None:
+        """A connection that has brought nothing yet is not closed at once: its request is on its way, most likely."""
+        if self.cycle is None:
+            self.loop.call_later(LINGER_S, self._shut_down)
+        else:
+            super().shutdown()
+
+    def _shut_down(self) -> None:
+        protocol = cast(Any, self.transport.get_protocol())  # of a WebSocket, if the request was for one
+        super().shutdown() if protocol is self else protocol.shutdown()
+
     def data_received(self, data: bytes) -> None:
         self._read, self._is_mixed = data, self._is_in_body
         self._came_bytes += len(data)
@@ -178,10 +190,8 @@ def head_without_upgrade(method: bytes, url: bytes, version: str, headers: list[
 def tell_where(settings: ServerSettings, auth_mode: str, addresses: Iterable[Any]) -> None:
     """One line for each address, and a warning where strangers may come."""
     if settings.unix_socket:
-        log.info(
-            "listening on the unix socket %s (mode %s); server.host and server.port are not used",
-            *(settings.unix_socket, settings.unix_socket_mode),
-        )
+        named = (settings.unix_socket, settings.unix_socket_mode)
+        log.info("listening on the unix socket %s (mode %s); server.host and server.port are not used", *named)
         return
     for host, port, *_ in addresses:
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

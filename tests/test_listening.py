@@ -17,12 +17,12 @@ from typing import Any
 import aiohttp
 import httpx2
 import pytest
-from conftest import ROOT, App
+from conftest import ROOT, App, served, settings_of
 from openai import AsyncOpenAI
 from scripted import DEADLINE_S, Backend, streamed
 from test_cli import HI, environment, run, started
 
-from listening import HEAD_BYTES, tell_where, unix_listener
+from listening import HEAD_BYTES, HeadLimit, tell_where, unix_listener
 from proxy import parse_args, settings_of_args
 from settings import ServerSettings, SettingsError
 
@@ -344,3 +344,31 @@ async def test_the_head_behind_a_large_body_is_counted_by_itself(app: App) -> No
         assert await wire.status() == b"400"
         await wire.say(b"\r\n")
         assert await wire.status() == b"200"
+
+
+# -- at the end --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_is_on_its_way_when_the_program_stops_is_answered(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("listening.LINGER_S", 0.5)
+    shutdown, is_stopping = HeadLimit.shutdown, asyncio.Event()
+
+    def told(connection: HeadLimit) -> None:
+        shutdown(connection)
+        is_stopping.set()
+
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(served(settings_of(backend.url)))
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        async with aiohttp.request("GET", f"{url}/healthz") as answer:  # connections are accepted in their order
+            assert answer.status == 200
+        monkeypatch.setattr(HeadLimit, "shutdown", told)
+        stopping = asyncio.create_task(stack.aclose())
+        async with asyncio.timeout(DEADLINE_S):
+            await is_stopping.wait()
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+            await stopping
+        writer.close()
