@@ -112,8 +112,9 @@ class HeadLimit(HttpToolsProtocol):
             super().shutdown()
 
     def _shut_down(self) -> None:
-        protocol = cast(Any, self.transport.get_protocol())  # of a WebSocket, if the request was for one
-        super().shutdown() if protocol is self else protocol.shutdown()
+        if not self.transport.is_closing():
+            protocol = cast(Any, self.transport.get_protocol())  # of a WebSocket, if the request was for one
+            super().shutdown() if protocol is self else protocol.shutdown()
 
     def data_received(self, data: bytes) -> None:
         self._read, self._is_mixed = data, self._is_in_body
