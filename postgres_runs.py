@@ -240,18 +240,15 @@ async def log(db: Asked, held: Held, batch: Batch) -> bool:
 
 
 async def log_together(db: Asked, logged: list[tuple[Held, Batch]]) -> list[bool]:
-    """Of each batch whether it was written; one that was not may be written by itself."""
-    if len(logged) == 1:
-        return [False]
-    values = {
-        "runs": [held.run for held, _ in logged],
-        "generations": [held.generation for held, _ in logged],
-        "next_numbers": [batch.end for _, batch in logged],
-        "firsts": [batch.first for _, batch in logged],
-        "bodies": [batch.frames for _, batch in logged],
-    }
+    """Of each batch whether it was written, of a run the first one only; what was not may be written by itself."""
+    first = {each[0].run: each for each in reversed(logged)}
+    if len(first) == 1:
+        return [False] * len(logged)
+    rows = [(held.run, held.generation, batch.end, batch.first, batch.frames) for held, batch in first.values()]
+    columns = ("runs", "generations", "next_numbers", "firsts", "bodies")
+    values = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
     written = {Held(*row.values()) for row in await db.rows(LOG_TOGETHER, values)}
-    return [held in written for held, _ in logged]
+    return [each is first[each[0].run] and each[0] in written for each in logged]
 
 
 async def tail(db: Asked, owner: str, response_id: str, after: int) -> Tail | None:

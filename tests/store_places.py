@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from postgres_server import Beside, emptied
 
 from postgres_tables import TABLES
@@ -148,12 +149,22 @@ class PostgresPlace:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Nobody else can write meanwhile; each statement is told so after the time that `hasty` allows."""
-        self.asked("BEGIN")
-        self.asked(f"LOCK TABLE {', '.join(TABLES)} IN EXCLUSIVE MODE")
+        while not self._has_locked():
+            pass
         try:
             yield
         finally:
             self.asked("ROLLBACK")
+
+    def _has_locked(self) -> bool:
+        """Not where a proxy was writing just then, in another order of the tables."""
+        self.asked("BEGIN")
+        try:
+            self.asked(f"LOCK TABLE {', '.join(TABLES)} IN EXCLUSIVE MODE")
+        except asyncpg.DeadlockDetectedError:
+            self.asked("ROLLBACK")
+            return False
+        return True
 
     @contextlib.contextmanager
     def full(self, pid: int) -> Iterator[None]:

@@ -151,6 +151,14 @@ async def test_events_of_runs_that_come_at_once_are_written_together(
         assert tail.batches[1:] == [(1, batch(1, 4, name).frames), (5, batch(5, 1, name).frames)]
 
 
+async def test_of_several_batches_of_a_run_that_come_at_once_each_is_written(stores: Stores) -> None:
+    one, two = await streamed(stores[0], "a", "b")
+    logged = [(one, batch(1)), (two, batch(1)), (one, batch(2)), (two, batch(2))]
+    assert await asyncio.gather(*(stores[0].log(*each) for each in logged)) == [True] * 4
+    for name in ("a", "b"):
+        assert await all_events(stores[1], name) == ["0.", "1.", "2."]
+
+
 async def test_of_runs_that_log_together_one_that_is_lost_writes_nothing(stores: Stores) -> None:
     held = await streamed(stores[0], "a", "b", "c")
     await cancel(stores[1], "a")
