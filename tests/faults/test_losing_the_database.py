@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from conftest import App, StartApp, settings_of
 from losses import KEY, LIMIT_S, QUICK, SECRET, Site
+from openai import InternalServerError
 from postgres_program import Server
 from scripted import END, Backend, Script, chunk, streamed
 
@@ -157,8 +158,17 @@ async def test_whatever_needs_a_lost_database_is_a_503_in_time(
     assert len(quiet(caplog)) < len(requests)
     await bring_back(site, loss)
     await until(partial(is_ready, app))
-    again = await asyncio.gather(*(sent(app, *each) for each in await begun(app)))
-    assert max(each.status for each in again) < 500
+    await until(partial(are_served, app))
+
+
+async def are_served(app: App) -> bool:
+    """What was given up while it was away may hold a place in the pool for a moment still: then clients try again."""
+    try:
+        requests = await begun(app)
+    except InternalServerError:
+        return False
+    again = await asyncio.gather(*(sent(app, *each) for each in requests))
+    return max(each.status for each in again) < 500
 
 
 async def sent_once(app: App) -> Answer:
