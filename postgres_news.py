@@ -91,7 +91,7 @@ class News:
                     await self._send()
                     await asyncio.sleep(GATHER_S)
                 except StoreError as error:
-                    log.warning("other processes could not be told what has changed: %s", error.message)
+                    log.log(error.log_level, "other processes could not be told what has changed: %s", error.message)
                     await asyncio.sleep(FIRST_PAUSE_S)
         finally:
             with contextlib.suppress(StoreError, TimeoutError):

@@ -94,12 +94,12 @@ class Services:
         try:
             async with asyncio.timeout(LOAD_S):
                 queue, size_bytes = await store.queue(), await store.size_bytes()
+            return Load(queue.queued, queue.running, store.waiting, size_bytes)
         except StoreError as error:
             log.log(error.log_level, "the queue could not be read: %s", error.message)
-            return Load(math.nan, math.nan, store.waiting, math.nan)
         except TimeoutError:
-            return Load(math.nan, math.nan, store.waiting, math.nan)
-        return Load(queue.queued, queue.running, store.waiting, size_bytes)
+            log.debug("the queue could not be read in time")
+        return Load(math.nan, math.nan, store.waiting, math.nan)
 
 
 @contextlib.asynccontextmanager

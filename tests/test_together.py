@@ -34,7 +34,9 @@ async def together(calls: Calls, may_end: asyncio.Event) -> AsyncIterator[Togeth
         await may_end.wait()
         if 0 in numbers:
             raise StoreError("away")
-        return [2 * 13 // (13 - number) and 2 * number for number in numbers]
+        if 13 in numbers:
+            raise ZeroDivisionError
+        return [2 * number for number in numbers]
 
     together = Together(doubled)
     yield together

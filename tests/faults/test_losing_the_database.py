@@ -396,6 +396,29 @@ async def test_a_database_that_is_away_is_tried_by_one_at_a_time(site: Site) -> 
     await store.close()
 
 
+async def test_news_that_cannot_be_told_are_no_warning_at_each_try(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("postgres_news.FIRST_PAUSE_S", 0.01)
+    caplog.set_level(logging.DEBUG, "responses_proxy.postgres_news")
+    store = await open_store(StoreSettings(path=site.url, **QUICK))
+    await lose(site, "stopped")
+    hearing = asyncio.create_task(store.hear(lambda news: None))
+    store.announce("resp_a")
+
+    def untold() -> list[int]:
+        return [record.levelno for record in caplog.records if "could not be told" in record.getMessage()]
+
+    async def are_several() -> bool:
+        return len(untold()) > 1
+
+    await until(are_several)
+    assert set(untold()) == {logging.DEBUG}
+    hearing.cancel()
+    await asyncio.wait({hearing})
+    await store.close()
+
+
 async def test_a_frozen_database_holds_nothing_for_ever(site: Site) -> None:
     store = await open_store(StoreSettings(path=site.url, **QUICK))
     await lose(site, "frozen")
